@@ -1,0 +1,64 @@
+"""The front door: `python -m gpt VERB`. A verb's module is imported only when the verb is called."""
+
+import ast
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from gpt.errors import UserError
+
+VERBS = ("download", "tokenize", "train", "evaluate", "generate", "check-params")
+CLOSED_PIPE = 128 + 13  # what a shell reports for a program that SIGPIPE ended
+
+
+def main() -> None:
+    """Run one verb; turn a person's mistake into one line on stderr and exit code 2."""
+    called = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    try:
+        code = _app(called)(prog_name="python -m gpt", standalone_mode=False)
+        sys.stdout.flush()
+    except UserError as error:
+        code = _refuse(called, str(error))
+    except typer.TyperException as error:
+        code = _refuse(called, f"{error.format_message()} Try: python -m gpt {called or '--help'}{' --help' * bool(called)}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush into
+        code = CLOSED_PIPE
+    sys.exit(code)
+
+
+def _app(called: str) -> typer.Typer:
+    """The whole command line: the called verb for real, of the others only the line in `--help`."""
+    app = typer.Typer(help="Train, measure and sample a small GPT.", no_args_is_help=True, add_completion=False)
+    app.callback()(lambda: None)
+    for verb in VERBS:
+        name = "gpt." + verb.replace("-", "_")
+        if verb == called:
+            module = importlib.import_module(name)
+            app.command(verb, help=module.__doc__)(module.command)
+        else:
+            app.command(verb, help=_docstring(name))(_not_called)
+    return app
+
+
+def _docstring(name: str) -> str:
+    """A module's docstring, read without importing the module."""
+    source = Path(__file__).with_name(name.rpartition(".")[2] + ".py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)) or ""
+
+
+def _not_called() -> None:
+    raise AssertionError("the verb that is called is always imported")
+
+
+def _refuse(called: str, message: str) -> int:
+    one_line = " ".join(message.split())
+    print(f"gpt {called}: {one_line}" if called else f"gpt: {one_line}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

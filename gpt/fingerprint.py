@@ -1,0 +1,60 @@
+"""What a run is made of, by content: the digests of its params, its tokens and its code."""
+
+import ast
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt.files import canonical_json, sha256_file
+from gpt.params import read_params
+
+PACKAGE = Path(__file__).parent
+TOKEN_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
+
+
+def run_key(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> str:
+    """The name of a training run: SHA-256 over its `digests`. Equal keys promise equal bytes, other keys promise nothing."""
+    return hashlib.sha256(canonical_json(digests(params_file, tokens, changes)).encode()).hexdigest()
+
+
+def digests(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> dict[str, object]:
+    """All that decides the bytes of a trained model, as plain values that can be compared field by field."""
+    params = read_params(params_file, changes)
+    return {
+        "model": params.get("model"),
+        "train": params.get("train"),
+        "tokens": {name: sha256_file(tokens / name) for name in TOKEN_FILES if (tokens / name).exists()},
+        "code": {f"gpt/{path.name}": sha256_file(path) for path in imported_files("gpt.train")},
+    }
+
+
+def imported_files(module: str) -> list[Path]:
+    """The source files of this package that a module imports, itself included, sorted; found without importing any.
+
+    The package's own `__init__.py` holds nothing but a docstring and is left out.
+    """
+    found: set[Path] = set()
+    waiting = [_source(module)]
+    while waiting:
+        path = waiting.pop()
+        if path is None or path in found:
+            continue
+        found.add(path)
+        waiting += [_source(name) for name in _imported_names(path)]
+    return sorted(found)
+
+
+def _imported_names(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def _source(module: str) -> Path | None:
+    package, _, name = module.partition(".")
+    path = PACKAGE / f"{name}.py"
+    return path if package == PACKAGE.name and name and path.exists() else None

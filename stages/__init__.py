@@ -1,0 +1,1 @@
+"""What DVC runs around the commands of gpt: start the command, follow its files, publish to MLflow."""

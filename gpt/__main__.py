@@ -11,7 +11,6 @@ import typer
 from gpt.errors import UserError
 
 VERBS = ("download", "tokenize", "train", "evaluate", "generate", "check-params")
-CLOSED_PIPE = 128 + 13  # what a shell reports for a program that SIGPIPE ended
 
 
 def main() -> None:
@@ -23,10 +22,11 @@ def main() -> None:
     except UserError as error:
         code = _refuse(called, str(error))
     except typer.TyperException as error:
-        code = _refuse(called, f"{error.format_message()} Try: python -m gpt {called or '--help'}{' --help' * bool(called)}")
+        verb = f"{called} " if called in VERBS else ""
+        code = _refuse(called, f"{error.format_message().rstrip('.')}. Try: python -m gpt {verb}--help")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush into
-        code = CLOSED_PIPE
+        code = 1
     sys.exit(code)
 
 

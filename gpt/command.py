@@ -30,11 +30,12 @@ log = logging.getLogger("gpt")
 
 @contextmanager
 def logging_to(path: Path, verb: str, about: str = "") -> Iterator[None]:
-    """Append what the block logs to `path`, framed by a line at the start and one with the seconds at the end.
+    r"""Append what the block logs to `path`, framed by a line at the start and one with the seconds at the end.
 
     Args:
         about: what the command works on (the head of a run's key, of a checkpoint's SHA-256). It stands in brackets
-            behind the verb in every line, so that `grep 'train\\[1a2b3c4d\\]'` finds all of one run and nothing else.
+            behind the verb in every line, so that `grep 'train\[1a2b3c4d\]'` finds all of one run and nothing else.
+
     """
     name = f"{verb}[{about}]" if about else verb
     with naming_the_file(path):
@@ -49,7 +50,8 @@ def logging_to(path: Path, verb: str, about: str = "") -> Iterator[None]:
         yield
         log.info("done in %.1f s", time.monotonic() - began)
     except BaseException as error:
-        log.error("ended after %.1f s: %s", time.monotonic() - began, str(error) or type(error).__name__)
+        reason = str(error) or type(error).__name__
+        log.log(logging.ERROR, "ended after %.1f s: %s", time.monotonic() - began, reason)
         raise
     finally:
         log.removeHandler(handler)

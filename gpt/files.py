@@ -36,13 +36,16 @@ def read_json(path: Path) -> Any:
 
     Raises:
         UserError: the file is missing or is no JSON.
+
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: expected a JSON file, found nothing; run the stage that writes it") from None
     except ValueError as error:
-        raise UserError(f"{path}: expected JSON, found something else ({error}); run the stage that writes it again") from None
+        raise UserError(
+            f"{path}: expected JSON, found something else ({error}); run the stage that writes it again"
+        ) from None
 
 
 def prepare_output(path: Path) -> None:
@@ -50,6 +53,7 @@ def prepare_output(path: Path) -> None:
 
     Raises:
         UserError: the folder cannot be made or written.
+
     """
     with naming_the_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +71,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file is untouched.
+
     """
     temporary = _temporary_name(path)
     with naming_the_file(path):

@@ -13,7 +13,7 @@ TOKEN_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 
 
 def run_key(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> str:
-    """The name of a training run: SHA-256 over its `digests`. Equal keys promise equal bytes, other keys promise nothing."""
+    """The name of a training run: SHA-256 over its `digests`. Equal keys promise equal bytes."""
     return hashlib.sha256(canonical_json(digests(params_file, tokens, changes)).encode()).hexdigest()
 
 

@@ -31,6 +31,7 @@ def read_section(path: Path, name: str, section: type[S], changes: Sequence[str]
 
     Raises:
         UserError: the file, the section or a key is missing, unknown, doubled or of the wrong type.
+
     """
     return check_section(path, name, section, read_params(path, changes))
 
@@ -42,10 +43,14 @@ def read_params(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: expected a params file, found nothing; start from one in presets/") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8, found byte {error.object[error.start]:#04x} at {error.start}") from None
+        raise UserError(
+            f"{path}: expected UTF-8, found byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"{path}: {_duplicate(error)} is given twice, again in line {line}; delete one of them") from None
+        raise UserError(
+            f"{path}: {_duplicate(error)} is given twice, again in line {line}; delete one of them"
+        ) from None
     except YAMLError as error:
         raise UserError(f"{path}: expected YAML, found {_yaml_problem(error)}; correct that line") from None
     if not isinstance(params, dict):
@@ -63,11 +68,15 @@ def check_section(path: Path, name: str, section: type[S], params: Mapping[str, 
     if not isinstance(params[name], dict):
         raise UserError(f"{path}: {name}: expected a section of keys, found {_kind(params[name])}")
     try:
-        return section.model_validate(params[name])
+        checked = section.model_validate(params[name])
     except ValidationError as error:
         found = error.errors(include_url=False)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise UserError(f"{path}: {_explain(name, section, found[0])}{more}") from None
+    for key in section.model_fields:
+        if key not in params[name]:  # also where the class has a default: that one is for commands without a file
+            raise UserError(f"{path}: {_missing(f'{name}.{key}')}")
+    return checked
 
 
 def suggestion(word: str, known: Mapping[str, Any]) -> str:
@@ -81,6 +90,7 @@ def parse_change(text: str) -> tuple[str, str, Any]:
 
     Raises:
         UserError: the text has another form.
+
     """
     target, equals, value = text.partition("=")
     section, dot, key = target.strip().partition(".")
@@ -110,12 +120,16 @@ def _explain(name: str, section: type[Section], error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{suggestion(str(error['loc'][-1]), section.model_fields)}"
     if error["type"] == "missing":
-        return f"{key}: this key is missing; every key is required: take it over from a file in presets/"
+        return _missing(key)
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return f"{key}: {message}" if error["loc"] else f"{name}.{message}"
     expected = error["msg"].replace("Input should be ", "")
     return f"{key}: expected {expected}, found {_kind(error['input'])}; correct it there or with -S {key}=VALUE"
+
+
+def _missing(key: str) -> str:
+    return f"{key}: this key is missing; every key is required: take it over from a file in presets/"
 
 
 def _kind(value: object) -> str:

@@ -1,2 +1,199 @@
-"""X verb."""
-def command() -> None: ...
+"""Train the model; start it through torchrun to use several processes. The checkpoint is the same for any number."""
+
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from tqdm import tqdm
+
+from gpt.checkpoint import Checkpoint
+from gpt.command import LOG_FILE, Changes, LogFile, ParamsFile, log, logging_to, say
+from gpt.device import choose_device
+from gpt.distributed import Group, joined, rank_of_environment
+from gpt.errors import UserError
+from gpt.files import canonical_json, prepare_output, sha256_file, write_json
+from gpt.fingerprint import digests
+from gpt.history import Record
+from gpt.model import GPT, ModelParams, count_parameters
+from gpt.params import read_section
+from gpt.run_folder import RunFolder
+from gpt.token_files import TokenData, load_tokens
+from gpt.training import Trainer, TrainParams, seed_of
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a training run leaves its results."""
+
+    checkpoint: Path
+    metrics: Path
+    history: Path
+
+
+def train(
+    *,
+    params: TrainParams,
+    model: ModelParams,
+    data: TokenData,
+    made_of: dict[str, Any],
+    outputs: Outputs,
+    folder: RunFolder,
+    timeout_s: int,
+) -> None:
+    """Train a model, continuing from the run folder's newest state, and write the outputs.
+
+    Args:
+        made_of: the digests of everything that decides the result; a state of other digests is not continued.
+        timeout_s: seconds after which a rank that does not answer ends the job.
+
+    Raises:
+        UserError: an output cannot be written, no GPU where one is demanded, or the training blew up.
+
+    """
+    device = choose_device(params.device)
+    if rank_of_environment() == 0:
+        for path in (outputs.checkpoint, outputs.metrics, outputs.history, folder.history.path):
+            prepare_output(path)
+    with (
+        ExitStack() as stack,
+        joined(device, timeout_s=timeout_s, before=lambda: stack.enter_context(folder.locked(say))) as group,
+    ):
+        _check_ranks(group, params.shards, made_of)
+        torch.manual_seed(seed_of(params.seed))
+        trainer = Trainer(params, GPT(model, data.meta.vocab_size), data, group)
+        _continue_or_begin(trainer, folder, made_of)
+        trainer.run(folder, made_of, _Reporter(params.max_steps, trainer.progress.step) if group.first else _ignore)
+        if group.first:
+            _write(trainer, outputs, folder)
+
+
+def command(
+    params: ParamsFile,
+    tokens: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the command tokenize wrote.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Where the best weights go.")],
+    metrics: Annotated[Path, typer.Option(metavar="FILE", help="Where the final figures go, as JSON.")],
+    history: Annotated[Path, typer.Option(metavar="FILE", help="Where the losses by step go, as CSV.")],
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keeps the live history and what a killed run continues from."),
+    ] = None,
+    timeout: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="After this long without an answer, a process counts as dead.")
+    ] = 120,
+    changes: Changes = [],  # noqa: B006 (Typer copies it)
+    log_file: LogFile = LOG_FILE,
+) -> None:
+    """Read the sections `model` and `train` and the tokens, then train."""
+    first = rank_of_environment() == 0
+    about = run_dir.name[:8] if run_dir else ""
+    with ExitStack() as stack:
+        stack.enter_context(logging_to(log_file, "train", about) if first else nullcontext())
+        model = read_section(params, "model", ModelParams, changes)
+        folder = run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chargpt-")))
+        train(
+            params=read_section(params, "train", TrainParams, changes),
+            model=model,
+            data=load_tokens(tokens, block_size=model.block_size),
+            made_of=digests(params, tokens, changes),
+            outputs=Outputs(checkpoint, metrics, history),
+            folder=RunFolder(folder),
+            timeout_s=timeout,
+        )
+
+
+def _check_ranks(group: Group, shards: int, made_of: dict[str, Any]) -> None:
+    """Refuse a number of ranks that cannot share the shards, and ranks that would train something else."""
+    if group.size > shards or group.size & (group.size - 1):
+        raise UserError(
+            f"train: expected 1, 2, 4, … processes, at most train.shards ({shards}), found {group.size}; "
+            "set launch.processes"
+        )
+    theirs = group.share(canonical_json(made_of))
+    if theirs != canonical_json(made_of):
+        raise UserError(
+            f"train: expected the params, tokens and code of rank 0 on every rank, found others on rank {group.rank}: "
+            f"{canonical_json(made_of)} instead of {theirs}"
+        )
+
+
+def _continue_or_begin(trainer: Trainer, folder: RunFolder, made_of: dict[str, Any]) -> None:
+    """Take up the newest resume state, which rank 0 alone can read, on all ranks; without one, start at step 0."""
+    first = trainer.group.first
+    found = folder.newest(made_of, say) if first else None
+    state = trainer.group.share(found)
+    if state:
+        trainer.restore(*state)
+    if first:
+        folder.history.resume(trainer.progress.step)
+        if state:
+            say(f"continuing after step {trainer.progress.step:,}")
+        log.info(
+            "%s parameters, %d process(es) on %s",
+            f"{count_parameters(trainer.model):,}",
+            trainer.group.size,
+            trainer.group.device.type,
+        )
+
+
+def _write(trainer: Trainer, outputs: Outputs, folder: RunFolder) -> None:
+    """Write checkpoint, history and figures under their final names; then nothing is left to continue from."""
+    progress, meta = trainer.progress, trainer.data.meta
+    about = {
+        "train": trainer.params.model_dump(),
+        "corpus_sha256": meta.corpus_sha256,
+        "step": progress.best_step,
+        "val_loss": progress.best_loss,
+    }
+    Checkpoint(trainer.model.params, trainer.data.tokenizer, trainer.best, about).save(outputs.checkpoint)
+    folder.history.write_csv(outputs.history)
+    figures = {
+        "val_loss": progress.best_loss,
+        "train_loss": folder.history.records[-1].train_loss,
+        "best_step": progress.best_step,
+        "steps": progress.step,
+        "parameters": count_parameters(trainer.model),
+    }
+    write_json(outputs.metrics, figures)
+    folder.drop_states()
+    say(f"validation loss {progress.best_loss:.4f} at step {progress.best_step:,} -> {outputs.checkpoint}")
+    log.info("checkpoint SHA-256 %s", sha256_file(outputs.checkpoint))
+
+
+def _ignore(_record: Record) -> None:
+    """The other ranks keep still."""
+
+
+class _Reporter:
+    """Progress for a person: a bar on a terminal, a line at every evaluation elsewhere; the log holds the lines too."""
+
+    def __init__(self, max_steps: int, step: int) -> None:
+        self._max_steps = max_steps
+        self._first_step, self._began = step, time.monotonic()
+        self._bar = tqdm(total=max_steps, initial=step, unit="step", file=sys.stdout, disable=None, dynamic_ncols=True)
+        self._val_loss = ""
+
+    def __call__(self, record: Record) -> None:
+        if record.val_loss is not None:
+            self._val_loss = f", val {record.val_loss:.3f}"
+            line = (
+                f"step {record.step:,}/{self._max_steps:,}: train {record.train_loss:.3f}{self._val_loss}, "
+                f"rate {record.learning_rate:.2e}, {record.tokens_per_second:,.0f} tokens/s, "
+                f"{self._left(record)} left"
+            )
+            log.info("%s", line)
+            if self._bar.disable:
+                print(line, flush=True)
+        self._bar.set_postfix_str(f"train {record.train_loss:.3f}{self._val_loss}", refresh=False)
+        self._bar.update(record.step - self._bar.n)
+        if record.step == self._max_steps:
+            self._bar.close()
+
+    def _left(self, record: Record) -> str:
+        seconds_a_step = (time.monotonic() - self._began) / (record.step - self._first_step)
+        return tqdm.format_interval(seconds_a_step * (self._max_steps - record.step))

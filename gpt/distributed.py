@@ -1,0 +1,184 @@
+"""All that knows torch.distributed: the group of ranks, and gradients whose bits do not depend on how many there are.
+
+The global batch is cut into a fixed number of shards. A rank computes its shards one after the other; gradients are
+summed in one fixed binary tree whose leaves are the shards, whatever rank holds which. Floating-point addition is
+commutative but not associative, so a fixed tree gives equal bits for 1, 2, 4, … ranks.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import (  # type: ignore[attr-defined]  # public, but not in its __all__
+    GradBucket,
+    HashStore,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+BUCKET_MB = 25  # on loopback a message costs about 2 ms whatever its size, so few large ones
+FOREVER = timedelta(days=365)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one training run and this process's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one rank that writes files and speaks."""
+        return self.rank == 0
+
+    def shards_of_rank(self, shards: int) -> range:
+        """The shards that this rank computes: a run of neighbours, so that a subtree lies on one rank."""
+        share = shards // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def gather(self, values: Sequence[float]) -> list[float]:
+        """Put together the values of all ranks, in the order of the ranks; all give equally many."""
+        everyone = torch.zeros(self.size, len(values), dtype=torch.float64, device=self.device)
+        everyone[self.rank] = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(everyone)  # adding zeros changes no bit, and this is faster than gloo's all_gather
+        return everyone.flatten().tolist()
+
+    def share(self, value: Any) -> Any:
+        """Give every rank what rank 0 holds: plain values and tensors."""
+        box = io.BytesIO()
+        if self.first:
+            torch.save(value, box)
+        length = torch.tensor([box.tell()], device=self.device)
+        dist.broadcast(length, src=0)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.first:
+            content.copy_(torch.frombuffer(box.getbuffer(), dtype=torch.uint8))
+        dist.broadcast(content, src=0)
+        return torch.load(io.BytesIO(content.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
+def rank_of_environment() -> int:
+    """This process's rank as torchrun set it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def joined(device: torch.device, *, timeout_s: int, before: Callable[[], None] = lambda: None) -> Iterator[Group]:
+    """Join the group that torchrun started; without torchrun, a group of one.
+
+    Args:
+        before: what rank 0 has to do first (wait for a lock); the others wait for it without a limit.
+
+    """
+    rank, size = rank_of_environment(), int(os.environ.get("WORLD_SIZE", "1"))
+    store = _store()
+    if rank == 0:
+        before()
+        store.set("rank 0 is ready", "yes")
+    store.wait(["rank 0 is ready"], FOREVER)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield Group(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _store() -> Store:
+    if "MASTER_ADDR" not in os.environ:
+        return HashStore()
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=not hosted and rank_of_environment() == 0,
+        timeout=FOREVER,
+    )
+    return PrefixStore(f"chargpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+class ShardedModel:
+    """A model under DistributedDataParallel whose gradients come out of the fixed tree."""
+
+    def __init__(self, model: nn.Module, group: Group, shards: int, *, bucket_mb: float = BUCKET_MB) -> None:
+        self._shards = shards
+        self._group = group
+        self._pairs = _pairs(group)
+        self._pending: list[tuple[int, dict[Tensor, Tensor]]] = []  # subtrees still without their right half
+        ids = [group.device.index] if group.device.type == "cuda" else None
+        self._ddp = DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=bucket_mb)
+        self._ddp.register_comm_hook(None, self._sum_bucket)
+
+    def backward(self, loss_of_shard: Callable[[nn.Module, int], Tensor]) -> list[float]:
+        """Leave the mean gradient over all shards in every parameter's `.grad`.
+
+        Args:
+            loss_of_shard: the mean loss of one shard, a scalar, computed with the model that it is given.
+
+        Returns:
+            The losses of all shards, in their order.
+
+        """
+        losses = []
+        mine = self._group.shards_of_rank(self._shards)
+        for shard in mine:
+            self._ddp.zero_grad(set_to_none=True)  # without it, a shard's gradient holds the one before as well
+            last = shard == mine[-1]
+            with nullcontext() if last else self._ddp.no_sync():
+                loss = loss_of_shard(self._ddp, shard)
+                loss.backward()  # type: ignore[no-untyped-call]
+            if not last:
+                self._push({weight: weight.grad for weight in self._ddp.parameters() if weight.grad is not None})
+            losses.append(loss.detach())
+        self._pending.clear()
+        return self._group.gather(torch.stack(losses).tolist())
+
+    def _push(self, gradients: dict[Tensor, Tensor]) -> None:
+        """Add a leaf to the tree and merge equal levels, as a binary counter carries."""
+        level = 0
+        while self._pending and self._pending[-1][0] == level:
+            _, left = self._pending.pop()
+            torch._foreach_add_([left[weight] for weight in gradients], list(gradients.values()))
+            gradients, level = left, level + 1
+        self._pending.append((level, gradients))
+
+    def _sum_bucket(self, _state: None, bucket: GradBucket) -> Future[Tensor]:
+        """DDP's communication hook: finish the tree for the parameters of one bucket.
+
+        The bucket holds the last shard's gradients. Subtrees are kept by parameter, since DDP rebuilds its buckets.
+        """
+        for weight, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            for _, left in reversed(self._pending):
+                gradient.add_(left[weight])
+        total = bucket.buffer()
+        for pair in self._pairs:
+            dist.all_reduce(total, group=pair)  # of two members: a + b has the same bits as b + a
+        total.div_(self._shards)
+        future: Future[Tensor] = Future()
+        future.set_result(total)
+        return future
+
+
+def _pairs(group: Group) -> list[dist.ProcessGroup]:
+    """This rank's two-member groups: the neighbour, then the neighbouring pair, and so on up the tree."""
+    mine = []
+    distance = 1
+    while distance < group.size:
+        for low in (rank for rank in range(group.size) if not rank & distance):
+            pair = dist.new_group([low, low | distance])
+            if group.rank in (low, low | distance):
+                mine.append(pair)
+        distance *= 2
+    return mine

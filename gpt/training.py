@@ -1,0 +1,201 @@
+"""The training loop: one step, the evaluation between steps, the state that a killed run continues from."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from gpt.dataset import covering_windows, random_windows
+from gpt.distributed import Group, ShardedModel
+from gpt.errors import UserError
+from gpt.history import Record
+from gpt.model import GPT, next_token_loss
+from gpt.optimizer import learning_rate_at, make_optimizer
+from gpt.params import Section
+from gpt.run_folder import RunFolder
+from gpt.scoring import losses
+from gpt.token_files import TokenData
+
+EVALUATION_TOKENS = 8192  # a batch of the evaluation between steps: part of the bits, so no parameter of the machine
+
+
+class TrainParams(Section):
+    """The section `train`."""
+
+    batch_size: int = Field(ge=1)
+    max_steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(ge=0)
+    warmup_steps: int = Field(ge=0)
+    beta1: float = Field(ge=0, lt=1)
+    beta2: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    grad_clip: float = Field(gt=0)
+    log_interval: int = Field(ge=1)
+    eval_interval: int = Field(ge=1)
+    save_interval: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    shards: int = Field(ge=1)
+    device: Literal["auto", "cpu", "cuda"]
+
+    @model_validator(mode="after")
+    def _shards_divide_the_batch(self) -> "TrainParams":
+        if self.shards & (self.shards - 1):
+            raise ValueError(f"shards: expected a power of two, found {self.shards}; take 1, 2, 4, 8, …")
+        if self.batch_size % self.shards:
+            raise ValueError(
+                f"batch_size: expected a multiple of shards ({self.shards}), found {self.batch_size}; change one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rates_fall(self) -> "TrainParams":
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate: expected at most learning_rate ({self.learning_rate}), found "
+                f"{self.min_learning_rate}; lower it"
+            )
+        return self
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside weights and optimizer: plain values that a resume state holds."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    losses_since_record: list[float] = field(default_factory=list)
+
+
+class Trainer:
+    """One training run on this rank: the model, its optimizer, and how far they are."""
+
+    def __init__(self, params: TrainParams, model: GPT, data: TokenData, group: Group) -> None:
+        self.params = params
+        self.model = model.to(group.device)
+        self.data = data
+        self.group = group
+        self.progress = Progress()
+        self.best = _copy(self.model)
+        self._sharded = ShardedModel(self.model, group, params.shards)
+        self._optimizer = make_optimizer(
+            self.model,
+            learning_rate=params.learning_rate,
+            beta1=params.beta1,
+            beta2=params.beta2,
+            weight_decay=params.weight_decay,
+        )
+        block = model.params.block_size
+        batch_size = max(1, EVALUATION_TOKENS // block)
+        self._val_batches = covering_windows(data, block_size=block, batch_size=batch_size)
+
+    def run(self, folder: RunFolder, digests: dict[str, object], seen: Callable[[Record], None]) -> None:
+        """Train to the last step; the first rank keeps the history and the resume states, and calls `seen`."""
+        params, progress = self.params, self.progress
+        began, tokens = time.monotonic(), 0
+        while progress.step < params.max_steps:
+            rate, norm = self.train_step()
+            step = progress.step
+            tokens += params.batch_size * self.model.params.block_size
+            last = step == params.max_steps
+            seconds = time.monotonic() - began
+            val_loss = self.evaluate() if last or step % params.eval_interval == 0 else None
+            if val_loss is not None or step % params.log_interval == 0:
+                train_loss = sum(progress.losses_since_record) / len(progress.losses_since_record)
+                progress.losses_since_record.clear()
+                if self.group.first:
+                    record = Record(step, train_loss, val_loss, rate, norm, round(time.time(), 3), tokens / seconds)
+                    folder.history.append(record)
+                    seen(record)
+                began, tokens = time.monotonic(), 0
+            if step % params.save_interval == 0 and not last and self.group.first:
+                folder.save(step, *self.state(digests))
+
+    def train_step(self) -> tuple[float, float]:
+        """Make one step.
+
+        Returns:
+            The learning rate of the step and the norm of its gradient before clipping.
+
+        Raises:
+            UserError: the gradient is no number any more.
+
+        """
+        self.progress.step += 1
+        params, step = self.params, self.progress.step
+        rate = learning_rate_at(
+            step,
+            max_steps=params.max_steps,
+            warmup_steps=params.warmup_steps,
+            learning_rate=params.learning_rate,
+            min_learning_rate=params.min_learning_rate,
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        shard_losses = self._sharded.backward(self._loss_of_shard)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), params.grad_clip))
+        if not math.isfinite(norm):
+            raise UserError(
+                f"train: step {step}: expected a finite gradient, found {norm}; the training blew up: "
+                "lower train.learning_rate or train.grad_clip, or raise train.warmup_steps"
+            )
+        self._optimizer.step()
+        self.progress.losses_since_record.append(sum(shard_losses) / len(shard_losses))
+        return rate, norm
+
+    def evaluate(self) -> float:
+        """The loss on the whole validation split, its batches shared out among the ranks; keeps the best weights."""
+        mine = self._val_batches[self.group.rank :: self.group.size]
+        sums = [float(batch.sum()) for batch in losses(self.model, mine, self.group.device)]
+        rounds = -(-len(self._val_batches) // self.group.size)
+        everyone = self.group.gather(sums + [0.0] * (rounds - len(sums)))
+        in_order = [everyone[rank * rounds + turn] for turn in range(rounds) for rank in range(self.group.size)]
+        loss = sum(in_order) / len(self.data.val)
+        if self.progress.best_loss is None or loss < self.progress.best_loss:
+            self.progress.best_step, self.progress.best_loss = self.progress.step, loss
+            self.best = _copy(self.model)
+        return loss
+
+    def state(self, digests: dict[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All that a resume state holds: plain values, and tensors."""
+        return {"digests": digests, "progress": asdict(self.progress)}, {
+            "weights": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "best": self.best,
+        }
+
+    def restore(self, metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """Continue from a state that `state` described."""
+        self.progress = Progress(**metadata["progress"])
+        self.model.load_state_dict(tensors["weights"])
+        self._optimizer.load_state_dict(tensors["optimizer"])
+        self.best = tensors["best"]
+
+    def _loss_of_shard(self, model: nn.Module, shard: int) -> Tensor:
+        params = self.params
+        torch.manual_seed(seed_of(params.seed, self.progress.step, shard))  # of the windows and of dropout
+        inputs_BT, targets_BT = random_windows(
+            self.data.train, count=params.batch_size // params.shards, block_size=self.model.params.block_size
+        )
+        device = self.group.device
+        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+            logits_BTV = model(inputs_BT.to(device))
+        return next_token_loss(logits_BTV, targets_BT.to(device))
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed from several numbers; neighbouring numbers give unrelated seeds."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}

@@ -9,8 +9,11 @@ from gpt.errors import UserError
 CPU_THREADS = 1  # of a process; another number of threads gives other bits
 
 
-def choose_device(wish: str) -> torch.device:
+def choose_device(wish: str, key: str) -> torch.device:
     """The device of this process: `auto` takes a GPU where there is one, with torchrun the one of the local rank.
+
+    Args:
+        key: the params key that the wish comes from, for the error.
 
     Raises:
         UserError: a GPU is demanded and none is there.
@@ -18,7 +21,7 @@ def choose_device(wish: str) -> torch.device:
     """
     has_gpu = torch.cuda.is_available()
     if wish == "cuda" and not has_gpu:
-        raise UserError("device: expected a GPU for 'cuda', found none that torch can use; set it to auto or cpu")
+        raise UserError(f"{key}: expected a GPU for 'cuda', found none that torch can use; set it to auto or cpu")
     torch.set_num_threads(CPU_THREADS)
     if wish == "cpu" or not has_gpu:
         return torch.device("cpu")

@@ -36,7 +36,7 @@ def evaluate(
         The figures (losses in nats a token) and the table of the mean loss by position in the context.
 
     """
-    device = choose_device(params.device)
+    device = choose_device(params.device, "evaluate.device")
     windows = covering_windows(data, block_size=checkpoint.model.block_size, batch_size=params.batch_size)
     by_batch = losses(checkpoint.build().to(device), windows, device)
     nats = math.fsum(float(batch.sum()) for batch in by_batch)

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from pydantic import Field
 
 from gpt.checkpoint import Checkpoint, load_checkpoint
 from gpt.command import LOG_FILE, Changes, LogFile, log, logging_to
-from gpt.device import choose_device
+from gpt.device import CPU_THREADS
 from gpt.errors import UserError
 from gpt.files import atomic_write, prepare_output, sha256_file
 from gpt.params import read_section
@@ -34,7 +35,7 @@ def texts(checkpoint: Checkpoint, params: GenerateParams) -> Iterator[tuple[str,
         UserError: a prompt holds characters that the model does not know.
 
     """
-    choose_device("cpu")  # one token at a time is too little work for a GPU, and its bits differ
+    torch.set_num_threads(CPU_THREADS)  # no GPU: one token at a time is too little work for it, and its bits differ
     model, tokenizer = checkpoint.build(), checkpoint.tokenizer
     start = tokenizer.encode("\n") if "\n" in tokenizer.vocabulary else [0]
     encoded = [_encode(checkpoint, prompt) if prompt else start for prompt in params.prompts]

@@ -99,7 +99,7 @@ def parse_change(text: str) -> tuple[str, str, Any]:
     try:
         return section, key, _yaml().load(value) if value.strip() else ""
     except YAMLError as error:
-        raise UserError(f"--set {text}: expected a value in YAML, found {_yaml_problem(error)}") from None
+        raise UserError(f"--set {target}: expected a value in YAML, found {_yaml_problem(error)}") from None
 
 
 def _yaml() -> YAML:
@@ -109,9 +109,9 @@ def _yaml() -> YAML:
 def _apply(params: dict[str, Any], change: str) -> None:
     section, key, value = parse_change(change)
     if not isinstance(params.get(section), dict):
-        raise UserError(f"--set {change}: no section '{section}' in the params file{suggestion(section, params)}")
+        raise UserError(f"--set {section}.{key}: no section '{section}' in the params file{suggestion(section, params)}")
     if key not in params[section]:
-        raise UserError(f"--set {change}: {section}.{key}: unknown key{suggestion(key, params[section])}")
+        raise UserError(f"--set {section}.{key}: unknown key{suggestion(key, params[section])}")
     params[section][key] = value
 
 

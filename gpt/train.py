@@ -56,7 +56,7 @@ def train(
         UserError: an output cannot be written, no GPU where one is demanded, or the training blew up.
 
     """
-    device = choose_device(params.device)
+    device = choose_device(params.device, "train.device")
     if rank_of_environment() == 0:
         for path in (outputs.checkpoint, outputs.metrics, outputs.history, folder.history.path):
             prepare_output(path)

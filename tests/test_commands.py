@@ -1,0 +1,187 @@
+"""The commands as a person types them: what they leave behind, and the one line when something is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.checkpoint import load_checkpoint
+from tests.conftest import ROOT, RunGpt, environment, only_line, write_params
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """A folder with the outputs of a short training."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_params(folder / "params.yaml", train__max_steps=20, model__dropout=0.0)
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt", *train_line(tokens)],
+        cwd=folder,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 20/20" in done.stdout
+    return folder
+
+
+def train_line(tokens: Path, *more: str) -> list[str]:
+    outputs = ["--checkpoint", "model.pt", "--metrics", "metrics/train.json", "--history", "plots/history.csv"]
+    return ["train", "--params", "params.yaml", "--tokens", str(tokens), *outputs, *more]
+
+
+def test_train_leaves_whole_outputs_and_nothing_else(trained: Path) -> None:
+    files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
+    assert files == {"params.yaml", "model.pt", "metrics/train.json", "plots/history.csv", "gpt_nano.log"}
+    figures = json.loads((trained / "metrics" / "train.json").read_text())
+    about = load_checkpoint(trained / "model.pt").about
+    assert (about["step"], about["val_loss"]) == (figures["best_step"], figures["val_loss"])
+    header, *rows = (trained / "plots" / "history.csv").read_text().splitlines()
+    assert header == "step,train_loss,val_loss,learning_rate,grad_norm"
+    assert [row.split(",")[0] for row in rows] == ["10", "20"]
+
+
+def test_evaluate_repeats_the_training_figure(gpt: RunGpt, trained: Path, tokens: Path, tmp_path: Path) -> None:
+    done = gpt(
+        "evaluate",
+        "--params",
+        trained / "params.yaml",
+        "--tokens",
+        tokens,
+        "--checkpoint",
+        trained / "model.pt",
+        "--metrics",
+        "evaluate.json",
+        "--positions",
+        "positions.csv",
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "evaluate.json").read_text())
+    trained_figures = json.loads((trained / "metrics" / "train.json").read_text())
+    assert figures["loss"] == pytest.approx(trained_figures["val_loss"], rel=1e-6)
+    assert len((tmp_path / "positions.csv").read_text().splitlines()) == 1 + 32
+
+
+def test_generate_prints_as_it_comes(gpt: RunGpt, trained: Path) -> None:
+    line = ["generate", "--checkpoint", trained / "model.pt", "--prompt", "the ", "--max-new-tokens", "40"]
+    first, again, other = gpt(*line, "--seed", "1"), gpt(*line, "--seed", "1"), gpt(*line, "--seed", "2")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("the ")
+    assert len(first.stdout) == len("the ") + 40 + len("\n")
+    assert first.stdout == again.stdout != other.stdout
+
+
+def test_generate_into_a_file_names_what_made_it(gpt: RunGpt, trained: Path, tmp_path: Path) -> None:
+    line = ["generate", "--checkpoint", trained / "model.pt", "--params", trained / "params.yaml", "--prompt", ""]
+    done = gpt(*line, "--out", "a/text.txt", "-S", "generate.samples=2")
+    assert done.returncode == 0, done.stderr
+    sheet = (tmp_path / "a" / "text.txt").read_text()
+    digest = subprocess.run(["sha256sum", trained / "model.pt"], text=True, capture_output=True, check=True).stdout
+    assert digest.split()[0] in sheet
+    assert str(load_checkpoint(trained / "model.pt").about["corpus_sha256"]) in sheet
+    assert "prompt '', sample 2 of 2" in sheet
+
+
+def test_a_closed_pipe_is_no_error(trained: Path, tmp_path: Path) -> None:
+    line = f"'{sys.executable}' -m gpt generate --checkpoint '{trained / 'model.pt'}' --prompt 'the ' | head -c 3"
+    done = subprocess.run(
+        line, shell=True, cwd=tmp_path, env=environment(), text=True, capture_output=True, check=False
+    )
+    assert done.stdout == "the"
+    assert done.stderr == ""
+
+
+MISTAKES = {
+    "unknown verb": (["trian"], ["No such command 'trian'", "train"]),
+    "unknown option": (["train", "--tokenz", "x"], ["--tokenz"]),
+    "missing option": (["train", "--params", "params.yaml"], ["--tokens"]),
+    "no params file": (["tokenize", "--params", "none.yaml", "--corpus", "x", "--out", "y"], ["none.yaml"]),
+    "no tokens": (train_line(Path("nowhere")), ["nowhere/meta.json", "run the stage"]),
+    "no GPU": (train_line(Path("TOKENS"), "-S", "train.device=cuda"), ["train.device", "cuda", "auto"]),
+    "long block": (train_line(Path("TOKENS"), "-S", "model.block_size=2136"), ["model.block_size", "2,136"]),
+    "prompt of other characters": (
+        ["generate", "--checkpoint", "MODEL", "--prompt", "Zé the"],
+        ["prompt 'Zé the'", "'Z', 'é'"],
+    ),
+    "no checkpoint": (["generate", "--checkpoint", "none.pt"], ["none.pt", "No such file"]),
+    "negative temperature": (
+        ["generate", "--checkpoint", "MODEL", "--temperature", "-1"],
+        ["--temperature", "greater than or equal to 0"],
+    ),
+    "output folder is a file": (
+        train_line(Path("TOKENS"), "--run-dir", "params.yaml/x"),
+        ["params.yaml/x", "Not a directory"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_line_and_exit_code_2(
+    gpt: RunGpt, name: str, trained: Path, tokens: Path, tmp_path: Path
+) -> None:
+    if name == "no GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    arguments, expected = MISTAKES[name]
+    write_params(tmp_path / "params.yaml")
+    places = {"MODEL": str(trained / "model.pt"), "TOKENS": str(tokens)}
+    before = sorted(tmp_path.rglob("*"))
+    done = gpt(*(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 2, done.stdout + done.stderr
+    line = only_line(done.stderr)
+    for part in expected:
+        assert part in line
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.suffix in (".pt", ".json", ".csv")] == []
+    assert set(tmp_path.rglob("*")) - set(before) <= {
+        tmp_path / "gpt_nano.log",
+        tmp_path / "metrics",
+        tmp_path / "plots",
+    }
+
+
+def test_a_checkpoint_of_another_text_is_refused(gpt: RunGpt, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("other text! " * 100)
+    params = write_params(tmp_path / "params.yaml")
+    assert gpt("tokenize", "--params", params, "--corpus", "text.txt", "--out", "tokens").returncode == 0
+    done = gpt(
+        "evaluate",
+        "--params",
+        params,
+        "--tokens",
+        "tokens",
+        "--checkpoint",
+        trained / "model.pt",
+        "--metrics",
+        "m.json",
+        "--positions",
+        "p.csv",
+    )
+    assert done.returncode == 2
+    assert "that" in only_line(done.stderr)
+    assert not (tmp_path / "m.json").exists()
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(trained: Path, tokens: Path, tmp_path: Path) -> None:
+    """Nor on torchrun, nor on the folder, with dropout on."""
+    write_params(tmp_path / "params.yaml", train__max_steps=6, train__eval_interval=3, model__dropout=0.2)
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    found = set()
+    for launcher in ([sys.executable], [torchrun, "--standalone", "--nproc-per-node=2"]):
+        line = [*launcher, "-m", "gpt", *train_line(tokens)]
+        subprocess.run(line, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"), check=True, capture_output=True)
+        names = ("model.pt", "metrics/train.json", "plots/history.csv")
+        found.add(tuple((tmp_path / name).read_bytes() for name in names))
+    assert len(found) == 1
+
+
+def test_the_commands_work_without_the_rest_of_the_project(trained: Path, tmp_path: Path) -> None:
+    """`gpt` is whole without `stages`, DVC and MLflow."""
+    subprocess.run(["cp", "-r", ROOT / "gpt", tmp_path], check=True)
+    line = [sys.executable, "-m", "gpt", "generate", "--checkpoint", str(trained / "model.pt"), "--max-new-tokens", "5"]
+    environment_alone = {**environment(), "PYTHONPATH": ""}
+    done = subprocess.run(line, cwd=tmp_path, env=environment_alone, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,193 @@
+"""The whole pipeline as people run it: a clone, the real dvc, torchrun and MLflow, on a made-up text."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from ruamel.yaml import YAML
+
+from tests.conftest import ROOT, environment, write_params
+
+Dvc = Callable[..., "subprocess.CompletedProcess[str]"]
+OUTPUTS = [
+    "chargpt_nano.pt",
+    "generation_out.txt",
+    "metrics/train.json",
+    "metrics/evaluate.json",
+    "plots/history.csv",
+    "plots/positions.csv",
+    "data/tokens/train.bin",
+    "dvc.lock",
+]
+
+
+def clone(folder: Path, corpus: Path) -> Path:
+    """The working tree as a fresh clone, with tiny params and a text that needs no network."""
+    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    changed = subprocess.run(
+        ["git", "ls-files", "--modified", "--others", "--exclude-standard", "--deduplicate"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.split()
+    for name in changed:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    write_params(
+        folder / "params.yaml",
+        download__sources=[str(corpus)],
+        download__sha256=None,
+        train__max_steps=40,
+        generate__max_new_tokens=30,
+    )
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
+    subprocess.run([*git, "add", "--all"], cwd=folder, check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "tiny params"], cwd=folder, check=True)
+    return folder
+
+
+def dvc(folder: Path, *arguments: str, **changes: str) -> "subprocess.CompletedProcess[str]":
+    command = [str(Path(sys.executable).with_name("dvc")), *arguments]
+    variables = environment(PYTHONPATH="", GIT_AUTHOR_NAME="t", GIT_AUTHOR_EMAIL="t@example.com", **changes)
+    variables |= {"GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.com"}
+    done = subprocess.run(command, cwd=folder, env=variables, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def rows(folder: Path) -> list[Run]:
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in OUTPUTS}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A clone in a folder with a space in its name, the pipeline run once by two processes."""
+    folder = clone(tmp_path_factory.mktemp("a clone") / "of it", corpus)
+    set_processes(folder, 2)
+    done = dvc(folder, "repro")
+    assert "Running stage 'generate'" in done.stdout
+    return folder
+
+
+def set_processes(folder: Path, processes: int) -> None:
+    yaml = YAML()
+    params = yaml.load((folder / "params.yaml").read_text())
+    params["launch"]["processes"] = processes
+    yaml.dump(params, folder / "params.yaml")
+
+
+def test_everything_is_made_and_nothing_else(project: Path) -> None:
+    assert all((project / name).stat().st_size for name in OUTPUTS)
+    status = subprocess.run(
+        ["git", "status", "--short"], cwd=project, text=True, capture_output=True, check=True
+    ).stdout
+    changed = {line.split(maxsplit=1)[1] for line in status.splitlines()}
+    assert changed <= {"dvc.lock", "params.yaml", "metrics/", "plots/"} | {
+        n for n in OUTPUTS if "metrics" in n or "plots" in n
+    }
+
+
+def test_a_second_run_does_nothing(project: Path) -> None:
+    log = (project / "gpt_nano.log").read_text()
+    done = dvc(project, "repro")
+    assert "Data and pipelines are up to date" in done.stdout
+    assert (project / "gpt_nano.log").read_text() == log
+
+
+def test_every_command_logs(project: Path) -> None:
+    log = (project / "gpt_nano.log").read_text()
+    for verb in ("download", "tokenize", "train", "evaluate", "generate"):
+        assert f" {verb}" in log
+        assert "started" in log
+
+
+def test_one_row_holds_all_of_the_model(project: Path) -> None:
+    (row,) = rows(project)
+    assert row.info.status == "FINISHED"
+    assert row.data.params["train.max_steps"] == "40"
+    assert row.data.params["model.n_embd"] == "32"
+    digest = subprocess.run(
+        ["sha256sum", "chargpt_nano.pt"], cwd=project, text=True, capture_output=True, check=True
+    ).stdout.split()[0]
+    assert row.data.tags["checkpoint.sha256"] == digest
+    assert len(row.data.tags["run.key"]) == 64
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, text=True, capture_output=True, check=True).stdout
+    assert row.data.tags["git.commit"] == head.strip()
+    figures = json.loads((project / "metrics" / "evaluate.json").read_text())
+    assert row.data.metrics["eval_loss"] == pytest.approx(figures["loss"])
+    (dataset,) = row.inputs.dataset_inputs
+    corpus_digest = json.loads((project / "data" / "tokens" / "meta.json").read_text())["corpus_sha256"]
+    assert corpus_digest.startswith(dataset.dataset.digest)
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    steps = [metric.step for metric in client.get_metric_history(row.info.run_id, "train_loss")]
+    assert steps == [10, 20, 30, 40]
+    names = artifacts(client, row.info.run_id)
+    for name in ("chargpt_nano.pt", "params.yaml", "history.csv", "generation_out.txt"):
+        assert any(path.endswith(name) for path in names), names
+    assert any(path.endswith(".log") for path in names)
+    assert (project / "mlruns").is_dir()
+
+
+def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> list[str]:
+    found: list[str] = []
+    for item in client.list_artifacts(run_id, folder):
+        found += artifacts(client, run_id, item.path) if item.is_dir else [item.path]
+    return found
+
+
+def test_one_process_in_another_folder_gives_the_same_bytes(project: Path, corpus: Path, tmp_path: Path) -> None:
+    other = clone(tmp_path / "other", corpus)
+    set_processes(other, 1)
+    dvc(other, "repro")
+    assert contents(other) == contents(project)
+
+
+def test_sampling_otherwise_trains_nothing_and_makes_no_row(project: Path) -> None:
+    done = dvc(project, "repro", "--force", "--single-item", "generate")
+    assert "Running stage 'generate'" in done.stdout
+    assert len(rows(project)) == 1
+
+
+def test_an_experiment_is_a_second_row(project: Path) -> None:
+    weights = (project / "chargpt_nano.pt").read_bytes()
+    dvc(project, "exp", "run", "--name", "faster", "-S", "train.learning_rate=0.02")
+    assert (project / "chargpt_nano.pt").read_bytes() != weights
+    by_name = {row.info.run_name: row for row in rows(project)}
+    assert len(by_name) == 2
+    assert by_name["faster"].data.tags["dvc.exp_name"] == "faster"
+    assert by_name["faster"].data.params["train.learning_rate"] == "0.02"
+    table = dvc(project, "exp", "show", "--csv").stdout
+    assert "faster" in table
+    dvc(project, "exp", "run", "--name", "aside", "--temp", "-S", "train.max_steps=20")
+    assert len(rows(project)) == 3
+    assert "train.max_steps" in next(row for row in rows(project) if row.info.run_name == "aside").data.params
+
+
+def test_a_mistake_in_params_stops_the_pipeline_with_one_line(project: Path) -> None:
+    text = (project / "params.yaml").read_text()
+    try:
+        (project / "params.yaml").write_text(text.replace("shards: 4", "shards: 3"))
+        command = [str(Path(sys.executable).with_name("dvc")), "repro"]
+        done = subprocess.run(
+            command, cwd=project, env=environment(PYTHONPATH=""), text=True, capture_output=True, check=False
+        )
+        assert done.returncode != 0
+        assert "gpt train: params.yaml: train.shards: expected a power of two, found 3" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "exited with 2" in done.stderr
+    finally:
+        (project / "params.yaml").write_text(text)

@@ -1,0 +1,78 @@
+"""Evaluation predicts every token once, and the baselines are what counting gives."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gpt.checkpoint import Checkpoint
+from gpt.dataset import covering_windows, random_windows
+from gpt.evaluate import EvaluateParams, evaluate
+from gpt.model import GPT, ModelParams
+from gpt.scoring import bigram_loss, losses, mean_by_position, unigram_loss
+from gpt.token_files import TokenData
+
+
+@pytest.mark.parametrize(("block_size", "batch_size"), [(7, 3), (32, 1000), (1, 64)])
+def test_every_validation_token_is_a_target_once(data: TokenData, block_size: int, batch_size: int) -> None:
+    batches = covering_windows(data, block_size=block_size, batch_size=batch_size)
+    targets = torch.cat([targets_BT.flatten() for _, targets_BT in batches])
+    assert targets.tolist() == data.val.tolist()
+    inputs = torch.cat([inputs_BT.flatten() for inputs_BT, _ in batches])
+    assert inputs.tolist() == [data.train[-1], *data.val[:-1]]
+    assert all(len(inputs_BT) <= batch_size for inputs_BT, _ in batches)
+
+
+def test_a_target_is_the_token_after_its_input(data: TokenData) -> None:
+    torch.manual_seed(0)
+    inputs_BT, targets_BT = random_windows(data.train, count=50, block_size=8)
+    assert torch.equal(inputs_BT[:, 1:], targets_BT[:, :-1])
+    text = data.tokenizer.decode(data.train)
+    for inputs_T, targets_T in zip(inputs_BT, targets_BT, strict=True):
+        assert data.tokenizer.decode([*inputs_T.tolist(), int(targets_T[-1])]) in text
+
+
+def test_random_windows_reach_both_ends(data: TokenData) -> None:
+    torch.manual_seed(0)
+    split = data.train[:10]
+    inputs_BT, targets_BT = random_windows(split, count=200, block_size=8)
+    assert {int(row[0]) for row in inputs_BT} == {int(split[0]), int(split[1])}
+    assert int(targets_BT[:, -1].max()) == max(split[8], split[9])
+
+
+def test_losses_do_not_depend_on_the_batches(data: TokenData) -> None:
+    torch.manual_seed(0)
+    model = GPT(ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0.5), data.meta.vocab_size)
+    sums = []
+    for batch_size in (1, 7, 1000):
+        windows = covering_windows(data, block_size=16, batch_size=batch_size)
+        sums.append(sum(float(batch.sum()) for batch in losses(model, windows, torch.device("cpu"))))
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
+    assert model.training
+
+
+def test_baselines_by_hand() -> None:
+    train, val = np.array([0, 1, 0, 1, 0, 2], dtype="<u2"), np.array([0, 2], dtype="<u2")
+    # counts + 1: 4, 3, 2 of 9
+    assert unigram_loss(train, val, 3) == pytest.approx(-(math.log(4 / 9) + math.log(2 / 9)) / 2)
+    # after 2 nothing was seen: 1/3; after 0 came 1, 1, 2: (1 + 1) / (3 + 3)
+    assert bigram_loss(train, val, 3) == pytest.approx(-(math.log(1 / 3) + math.log(2 / 6)) / 2)
+
+
+def test_mean_by_position_by_hand() -> None:
+    batches = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double(), torch.tensor([[8.0]]).double()]
+    assert mean_by_position(batches) == ([4.0, 3.0], [3, 2])
+
+
+def test_figures_of_a_model_that_always_guesses(data: TokenData) -> None:
+    params = ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0)
+    model = GPT(params, data.meta.vocab_size)
+    weights = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    checkpoint = Checkpoint(params, data.tokenizer, weights, {})
+    figures, table = evaluate(params=EvaluateParams(batch_size=64, device="cpu"), checkpoint=checkpoint, data=data)
+    assert figures["loss"] == pytest.approx(math.log(data.meta.vocab_size)) == figures["uniform_loss"]
+    assert figures["perplexity"] == pytest.approx(data.meta.vocab_size)
+    assert figures["bits_per_character"] == pytest.approx(math.log2(data.meta.vocab_size))
+    assert figures["bigram_loss"] < figures["unigram_loss"] < figures["uniform_loss"]
+    assert table["predictions"].sum() == len(data.val) == figures["characters"]

@@ -8,22 +8,24 @@ from pathlib import Path
 
 import typer
 
-from gpt.errors import UserError
+from gpt.errors import OneLineError
 
 VERBS = ("download", "tokenize", "train", "evaluate", "generate", "check-params")
 
 
 def main() -> None:
-    """Run one verb; turn a person's mistake into one line on stderr and exit code 2."""
+    """Run one verb; turn an error that is meant for a person into one line on stderr and its exit code."""
     called = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
     try:
         code = _app(called)(prog_name="python -m gpt", standalone_mode=False)
         sys.stdout.flush()
-    except UserError as error:
-        code = _refuse(called, str(error))
+    except OneLineError as error:
+        code = _refuse(called, str(error), error.exit_code)
     except typer.TyperException as error:
         verb = f"{called} " if called in VERBS else ""
-        code = _refuse(called, f"{error.format_message().rstrip('.')}. Try: python -m gpt {verb}--help")
+        code = _refuse(
+            called, f"{error.format_message().rstrip('.')}. Try: python -m gpt {verb}--help", error.exit_code
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush into
         code = 1
@@ -54,10 +56,10 @@ def _not_called() -> None:
     raise AssertionError("the verb that is called is always imported")
 
 
-def _refuse(called: str, message: str) -> int:
+def _refuse(called: str, message: str, code: int) -> int:
     one_line = " ".join(message.split())
     print(f"gpt {called}: {one_line}" if called else f"gpt: {one_line}", file=sys.stderr, flush=True)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

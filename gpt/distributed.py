@@ -5,10 +5,16 @@ summed in one fixed binary tree whose leaves are the shards, whatever rank holds
 commutative but not associative, so a fixed tree gives equal bits for 1, 2, 4, … ranks.
 """
 
+import ctypes
 import io
 import os
+import signal
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,8 +32,63 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, but not
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt.errors import OneLineError
+
 BUCKET_MB = 25  # on loopback a message costs about 2 ms whatever its size, so few large ones
 FOREVER = timedelta(days=365)
+PULSE_S = 1
+PULSE_ANSWER_S = 5
+PR_SET_PDEATHSIG = 1  # number of Linux's prctl
+
+
+class LostRankError(OneLineError):
+    """Another rank of the group died or does not answer."""
+
+
+class Pulse:
+    """Tells the other ranks how far this one has come, so that they can name the one that hangs.
+
+    A rank counts the exchanges that it reached. A thread brings the count to the common store every second, which
+    costs the training nothing.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self._store = store.clone() if size > 1 else store  # type: ignore[attr-defined]
+        self._rank, self._size = rank, size
+        self._count = 0
+        if size > 1:
+            self._store.set_timeout(timedelta(seconds=PULSE_ANSWER_S))
+            threading.Thread(target=self._report_for_ever, daemon=True).start()
+
+    def beat(self) -> None:
+        """Count one exchange that this rank has reached."""
+        self._count += 1
+
+    def diagnosis(self, timeout_s: int) -> str:
+        """Say which ranks fell behind, and end those on this machine, which nothing else would."""
+        reached = {}
+        with suppress(RuntimeError):  # the store lies on a machine that is out of reach
+            self._report()
+            for rank in range(self._size):
+                count, host, pid = self._store.get(f"pulse {rank}").decode().split()
+                reached[rank] = int(count), host, int(pid)
+        behind = {rank: who for rank, who in reached.items() if who[0] < self._count}
+        for _, host, pid in behind.values():
+            if host == socket.gethostname():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        names = ", ".join(f"rank {rank} (PID {pid} on {host})" for rank, (_, host, pid) in behind.items())
+        missing = names or f"a rank other than {self._rank}"
+        return f"expected an answer of every rank within {timeout_s} s, found none of {missing}; run again to continue"
+
+    def _report(self) -> None:
+        self._store.set(f"pulse {self._rank}", f"{self._count} {socket.gethostname()} {os.getpid()}")
+
+    def _report_for_ever(self) -> None:
+        with suppress(RuntimeError):  # the store is gone, and soon this process
+            while True:
+                self._report()
+                time.sleep(PULSE_S)
 
 
 @dataclass(frozen=True)
@@ -37,6 +98,8 @@ class Group:
     rank: int
     size: int
     device: torch.device
+    pulse: Pulse
+    timeout: timedelta
 
     @property
     def first(self) -> bool:
@@ -52,6 +115,7 @@ class Group:
         """Put together the values of all ranks, in the order of the ranks; all give equally many."""
         everyone = torch.zeros(self.size, len(values), dtype=torch.float64, device=self.device)
         everyone[self.rank] = torch.tensor(values, dtype=torch.float64)
+        self.pulse.beat()
         dist.all_reduce(everyone)  # adding zeros changes no bit, and this is faster than gloo's all_gather
         return everyone.flatten().tolist()
 
@@ -61,6 +125,7 @@ class Group:
         if self.first:
             torch.save(value, box)
         length = torch.tensor([box.tell()], device=self.device)
+        self.pulse.beat()
         dist.broadcast(length, src=0)
         content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
         if self.first:
@@ -74,14 +139,27 @@ def rank_of_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def die_with_torchrun() -> None:
+    """Ask the system to end this process when torchrun is killed: torchrun's workers would live on (Linux only)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:
+            sys.exit(1)  # it died before the line above
+
+
 @contextmanager
 def joined(device: torch.device, *, timeout_s: int, before: Callable[[], None] = lambda: None) -> Iterator[Group]:
     """Join the group that torchrun started; without torchrun, a group of one.
 
     Args:
+        timeout_s: seconds after which a rank that does not answer ends the job.
         before: what rank 0 has to do first (wait for a lock); the others wait for it without a limit.
 
+    Raises:
+        LostRankError: another rank died or hangs.
+
     """
+    die_with_torchrun()
     rank, size = rank_of_environment(), int(os.environ.get("WORLD_SIZE", "1"))
     store = _store()
     if rank == 0:
@@ -89,11 +167,16 @@ def joined(device: torch.device, *, timeout_s: int, before: Callable[[], None] =
         store.set("rank 0 is ready", "yes")
     store.wait(["rank 0 is ready"], FOREVER)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    pulse = Pulse(store, rank, size)
     try:
-        yield Group(rank, size, device)
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        yield Group(rank, size, device, pulse, timeout)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise LostRankError(pulse.diagnosis(timeout_s)) from error
+    dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
 
 
 def _store() -> Store:
@@ -128,7 +211,7 @@ class ShardedModel:
             loss_of_shard: the mean loss of one shard, a scalar, computed with the model that it is given.
 
         Returns:
-            The losses of all shards, in their order.
+            The losses of this rank's shards, in their order.
 
         """
         losses = []
@@ -143,7 +226,7 @@ class ShardedModel:
                 self._push({weight: weight.grad for weight in self._ddp.parameters() if weight.grad is not None})
             losses.append(loss.detach())
         self._pending.clear()
-        return self._group.gather(torch.stack(losses).tolist())
+        return [float(loss) for loss in losses]
 
     def _push(self, gradients: dict[Tensor, Tensor]) -> None:
         """Add a leaf to the tree and merge equal levels, as a binary counter carries."""
@@ -164,6 +247,7 @@ class ShardedModel:
                 gradient.add_(left[weight])
         total = bucket.buffer()
         for pair in self._pairs:
+            self._group.pulse.beat()
             dist.all_reduce(total, group=pair)  # of two members: a + b has the same bits as b + a
         total.div_(self._shards)
         future: Future[Tensor] = Future()
@@ -177,7 +261,7 @@ def _pairs(group: Group) -> list[dist.ProcessGroup]:
     distance = 1
     while distance < group.size:
         for low in (rank for rank in range(group.size) if not rank & distance):
-            pair = dist.new_group([low, low | distance])
+            pair = dist.new_group([low, low | distance], timeout=group.timeout)
             if group.rank in (low, low | distance):
                 mine.append(pair)
         distance *= 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from gpt.files import atomic_write
+from gpt.files import atomic_write, naming_the_file
 
 COLUMNS = ["step", "train_loss", "val_loss", "learning_rate", "grad_norm"]  # what a re-run repeats bit for bit
 
@@ -44,7 +44,7 @@ class History:
     def append(self, record: Record) -> None:
         """Add a record; whoever follows the file sees it at once."""
         self.records.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming_the_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
     def flush(self) -> None:

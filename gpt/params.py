@@ -109,7 +109,9 @@ def _yaml() -> YAML:
 def _apply(params: dict[str, Any], change: str) -> None:
     section, key, value = parse_change(change)
     if not isinstance(params.get(section), dict):
-        raise UserError(f"--set {section}.{key}: no section '{section}' in the params file{suggestion(section, params)}")
+        raise UserError(
+            f"--set {section}.{key}: no section '{section}' in the params file{suggestion(section, params)}"
+        )
     if key not in params[section]:
         raise UserError(f"--set {section}.{key}: unknown key{suggestion(key, params[section])}")
     params[section][key] = value

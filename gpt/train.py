@@ -1,9 +1,11 @@
 """Train the model; start it through torchrun to use several processes. The checkpoint is the same for any number."""
 
+import signal
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +19,7 @@ from gpt.command import LOG_FILE, Changes, LogFile, ParamsFile, log, logging_to,
 from gpt.device import choose_device
 from gpt.distributed import Group, joined, rank_of_environment
 from gpt.errors import UserError
-from gpt.files import canonical_json, prepare_output, sha256_file, write_json
+from gpt.files import prepare_output, sha256_file, write_json
 from gpt.fingerprint import digests
 from gpt.history import Record
 from gpt.model import GPT, ModelParams, count_parameters
@@ -25,6 +27,8 @@ from gpt.params import read_section
 from gpt.run_folder import RunFolder
 from gpt.token_files import TokenData, load_tokens
 from gpt.training import Trainer, TrainParams, seed_of
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,11 @@ def train(
         torch.manual_seed(seed_of(params.seed))
         trainer = Trainer(params, GPT(model, data.meta.vocab_size), data, group)
         _continue_or_begin(trainer, folder, made_of)
-        trainer.run(folder, made_of, _Reporter(params.max_steps, trainer.progress.step) if group.first else _ignore)
-        if group.first:
-            _write(trainer, outputs, folder)
+        seen = _Reporter(params.max_steps, trainer.progress.step) if group.first else _ignore
+        with _polite_signals() as asked_to_stop:
+            trainer.run(folder, made_of, seen, asked_to_stop)
+            if group.first:
+                _write(trainer, outputs, folder)
 
 
 def command(
@@ -114,12 +120,20 @@ def _check_ranks(group: Group, shards: int, made_of: dict[str, Any]) -> None:
             f"train: expected 1, 2, 4, … processes, at most train.shards ({shards}), found {group.size}; "
             "set launch.processes"
         )
-    theirs = group.share(canonical_json(made_of))
-    if theirs != canonical_json(made_of):
+    difference = _difference(group.share(made_of), made_of)
+    if difference:
         raise UserError(
-            f"train: expected the params, tokens and code of rank 0 on every rank, found others on rank {group.rank}: "
-            f"{canonical_json(made_of)} instead of {theirs}"
+            f"train: expected the params, tokens and code of rank 0 on every rank, found on rank {group.rank}: "
+            f"{'; '.join(difference)}; give both machines the same files"
         )
+
+
+def _difference(theirs: Any, mine: Any, path: str = "") -> list[str]:
+    """Field by field, what differs in two trees of plain values."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = sorted(theirs.keys() | mine.keys())
+        return [line for key in keys for line in _difference(theirs.get(key), mine.get(key), f"{path}.{key}")]
+    return [] if theirs == mine else [f"{path.lstrip('.')} {str(mine)[:16]} instead of {str(theirs)[:16]}"]
 
 
 def _continue_or_begin(trainer: Trainer, folder: RunFolder, made_of: dict[str, Any]) -> None:
@@ -163,6 +177,18 @@ def _write(trainer: Trainer, outputs: Outputs, folder: RunFolder) -> None:
     folder.drop_states()
     say(f"validation loss {progress.best_loss:.4f} at step {progress.best_step:,} -> {outputs.checkpoint}")
     log.info("checkpoint SHA-256 %s", sha256_file(outputs.checkpoint))
+
+
+@contextmanager
+def _polite_signals() -> Iterator[Callable[[], bool]]:
+    """Instead of ending at once, note that SIGTERM (also Slurm's, before it takes the node away) or Ctrl-C came."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda got, _: came.append(got)) for number in STOP_SIGNALS}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ignore(_record: Record) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpt.dataset import covering_windows, random_windows
 from gpt.distributed import Group, ShardedModel
-from gpt.errors import UserError
+from gpt.errors import StoppedError, UserError
 from gpt.history import Record
 from gpt.model import GPT, next_token_loss
 from gpt.optimizer import learning_rate_at, make_optimizer
@@ -23,6 +23,7 @@ from gpt.run_folder import RunFolder
 from gpt.scoring import losses
 from gpt.token_files import TokenData
 
+EXPLODED = 10  # times the loss of guessing
 EVALUATION_TOKENS = 8192  # a batch of the evaluation between steps: part of the bits, so no parameter of the machine
 
 
@@ -97,12 +98,23 @@ class Trainer:
         batch_size = max(1, EVALUATION_TOKENS // block)
         self._val_batches = covering_windows(data, block_size=block, batch_size=batch_size)
 
-    def run(self, folder: RunFolder, digests: dict[str, object], seen: Callable[[Record], None]) -> None:
-        """Train to the last step; the first rank keeps the history and the resume states, and calls `seen`."""
+    def run(
+        self,
+        folder: RunFolder,
+        digests: dict[str, object],
+        seen: Callable[[Record], None],
+        asked_to_stop: Callable[[], bool],
+    ) -> None:
+        """Train to the last step; the first rank keeps the history and the resume states, and calls `seen`.
+
+        Raises:
+            StoppedError: one of the ranks was asked to stop; the state of the last step is saved.
+
+        """
         params, progress = self.params, self.progress
         began, tokens = time.monotonic(), 0
         while progress.step < params.max_steps:
-            rate, norm = self.train_step()
+            rate, norm, stop = self.train_step(asked_to_stop())
             step = progress.step
             tokens += params.batch_size * self.model.params.block_size
             last = step == params.max_steps
@@ -116,17 +128,22 @@ class Trainer:
                     folder.history.append(record)
                     seen(record)
                 began, tokens = time.monotonic(), 0
-            if step % params.save_interval == 0 and not last and self.group.first:
+            if (stop or step % params.save_interval == 0) and not last and self.group.first:
                 folder.save(step, *self.state(digests))
+            if stop and not last:
+                raise StoppedError(f"stopped after step {step:,} of {params.max_steps:,}; run again to continue")
 
-    def train_step(self) -> tuple[float, float]:
+    def train_step(self, stop: bool = False) -> tuple[float, float, bool]:
         """Make one step.
 
+        Args:
+            stop: whether this rank was asked to stop after the step.
+
         Returns:
-            The learning rate of the step and the norm of its gradient before clipping.
+            The learning rate of the step, the norm of its gradient before clipping, and whether any rank has to stop.
 
         Raises:
-            UserError: the gradient is no number any more.
+            UserError: the loss or the gradient is no number any more, or the loss exploded.
 
         """
         self.progress.step += 1
@@ -141,16 +158,16 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        shard_losses = self._sharded.backward(self._loss_of_shard)
+        mine = self._sharded.backward(self._loss_of_shard)
+        everyone = self.group.gather([*mine, float(stop)])
+        stops = everyone[len(mine) :: len(mine) + 1]
+        del everyone[len(mine) :: len(mine) + 1]
+        loss = sum(everyone) / len(everyone)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), params.grad_clip))
-        if not math.isfinite(norm):
-            raise UserError(
-                f"train: step {step}: expected a finite gradient, found {norm}; the training blew up: "
-                "lower train.learning_rate or train.grad_clip, or raise train.warmup_steps"
-            )
+        self._check_sanity(loss, norm)
         self._optimizer.step()
-        self.progress.losses_since_record.append(sum(shard_losses) / len(shard_losses))
-        return rate, norm
+        self.progress.losses_since_record.append(loss)
+        return rate, norm, any(stops)
 
     def evaluate(self) -> float:
         """The loss on the whole validation split, its batches shared out among the ranks; keeps the best weights."""
@@ -179,6 +196,15 @@ class Trainer:
         self.model.load_state_dict(tensors["weights"])
         self._optimizer.load_state_dict(tensors["optimizer"])
         self.best = tensors["best"]
+
+    def _check_sanity(self, loss: float, norm: float) -> None:
+        limit = EXPLODED * math.log(self.data.meta.vocab_size)
+        if not (math.isfinite(norm) and loss < limit):
+            raise UserError(
+                f"train: step {self.progress.step}: expected a loss below {limit:.0f} and a finite gradient, found "
+                f"loss {loss:.3g}, gradient {norm:.3g}: the training blew up, the states saved before are kept; "
+                "lower train.learning_rate or train.grad_clip, or raise train.warmup_steps"
+            )
 
     def _loss_of_shard(self, model: nn.Module, shard: int) -> Tensor:
         params = self.params

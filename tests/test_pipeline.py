@@ -47,6 +47,7 @@ def clone(folder: Path, corpus: Path) -> Path:
         download__sha256=None,
         train__max_steps=40,
         generate__max_new_tokens=30,
+        generate__prompts=["the ", ""],
     )
     (folder / "dvc.lock").unlink(missing_ok=True)
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
@@ -129,6 +130,7 @@ def test_one_row_holds_all_of_the_model(project: Path) -> None:
     assert row.data.tags["git.commit"] == head.strip()
     figures = json.loads((project / "metrics" / "evaluate.json").read_text())
     assert row.data.metrics["eval_loss"] == pytest.approx(figures["loss"])
+    assert row.inputs is not None
     (dataset,) = row.inputs.dataset_inputs
     corpus_digest = json.loads((project / "data" / "tokens" / "meta.json").read_text())["corpus_sha256"]
     assert corpus_digest.startswith(dataset.dataset.digest)

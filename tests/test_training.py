@@ -86,7 +86,7 @@ def test_training_learns_and_keeps_the_best_weights(data: TokenData, tmp_path: P
         run = trainer(data, group)
         folder = RunFolder(tmp_path)
         folder.history.resume(0)
-        run.run(folder, {}, lambda record: None)
+        run.run(folder, {}, lambda record: None, lambda: False)
     records = read_records(folder.history.path)
     assert [record.step for record in records] == [10, 20, 30, 40, 50, 60]
     assert [record.step for record in records if record.val_loss] == [20, 40, 60]

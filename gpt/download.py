@@ -11,7 +11,9 @@ from gpt.command import LOG_FILE, Changes, LogFile, ParamsFile, logging_to, say
 from gpt.errors import UserError
 from gpt.files import atomic_write, prepare_output, sha256_file
 from gpt.params import Section, read_section
-from gpt.sources import LIMITS, Fetched, Limits, SourceError, fault, fetch, shown
+from gpt.sources import LIMITS, fault, fetch
+from gpt.transfer import Fetched, Limits, SourceError
+from gpt.web import shown
 
 
 class DownloadParams(Section):

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from gpt.download import DownloadParams, download
 from gpt.errors import UserError
 from gpt.params import check_section
-from gpt.sources import Limits
+from gpt.transfer import Limits
 
 TEXT = b"Speak, speak.\n" * 500
 SHA256 = hashlib.sha256(TEXT).hexdigest()

@@ -103,13 +103,16 @@ def naming_the_file(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(path.parent).free
             raise UserError(
                 f"{path}: no space left on the device ({free:,} bytes free in {path.parent}); "
                 "nothing was replaced: make room and run again"
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError) or error.errno == errno.EROFS:
+        if (
+            isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError)
+            or error.errno == errno.EROFS
+        ):
             raise UserError(
                 f"{path}: expected a place that can be written, found: {error.strerror}; "
                 "correct the permissions or choose another path"

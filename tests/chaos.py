@@ -1,0 +1,164 @@
+"""`make chaos`: kill the pipeline at random, again and again, and compare what it leaves with an undisturbed run.
+
+A round resets the project, kills `dvc repro` several times (each time one of: everything, dvc, the wrapper, torchrun,
+one rank), waits until no process of it is left, and lets the last attempt finish. Then every output, `dvc.lock` and
+the row in MLflow must be those of the undisturbed run.
+"""
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+from mlflow import MlflowClient
+
+from tests.conftest import environment, made_up_text, write_params
+from tests.test_pipeline import clone, set_processes
+
+OUTPUTS = ["chargpt_nano.pt", "metrics/train.json", "plots/history.csv", "dvc.lock"]
+ORPHANS_GONE_S = 10
+TARGETS = ("everything", "dvc", "wrapper", "torchrun", "rank")
+
+
+def main() -> None:
+    """Kill, compare, and print the sums; exits with 1 when one ending differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills-a-round", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="chargpt-chaos-") as name:
+        project, whole, seconds = prepare(Path(name))
+        print(f"undisturbed: {seconds:.1f} s", flush=True)
+        kills: Counter[str] = Counter()
+        resumes = equal = rounds = 0
+        while kills.total() < options.kills:
+            rounds += 1
+            processes = 1 + rounds % 2
+            killed, continued, same = one_round(project, whole, processes, options.kills_a_round, chance, seconds)
+            kills += killed
+            resumes += continued
+            equal += same
+            print(f"{kills.total()} kills, {resumes} resumes, {equal} of {rounds} endings equal", flush=True)
+        print(f"killed: {dict(kills)}")
+    sys.exit(equal != rounds)
+
+
+def prepare(folder: Path) -> tuple[Path, dict[str, bytes], float]:
+    """A clone, run once undisturbed; returns it with the contents of its outputs and the seconds that training took."""
+    corpus = folder / "text.txt"
+    corpus.write_text(made_up_text())
+    project = clone(folder / "project", corpus)
+    write_params(
+        project / "params.yaml",
+        download__sources=[str(corpus)],
+        download__sha256=None,
+        train__max_steps=400,
+        train__eval_interval=40,
+        train__save_interval=10,
+        model__dropout=0.1,
+        generate__prompts=["the "],
+    )
+    assert repro(project, "tokenize").wait() == 0
+    shutil.copy(project / "dvc.lock", folder / "dvc.lock")
+    began = time.monotonic()
+    assert repro(project, "train").wait() == 0
+    return project, contents(project), time.monotonic() - began
+
+
+def one_round(
+    project: Path, whole: dict[str, bytes], processes: int, kills: int, chance: random.Random, seconds: float
+) -> tuple[Counter[str], int, bool]:
+    """Reset, kill some times, finish, compare."""
+    set_processes(project, processes)
+    shutil.copy(project.parent / "dvc.lock", project / "dvc.lock")
+    shutil.rmtree(project / ".runs")
+    shutil.rmtree(project / "mlruns", ignore_errors=True)
+    for path in [*project.glob("mlflow.db*"), *(project / name for name in OUTPUTS[:3]), project / "gpt_nano.log"]:
+        path.unlink(missing_ok=True)
+    killed: Counter[str] = Counter()
+    for _ in range(kills):
+        target = chance.choice(TARGETS)
+        running = repro(project, "train")
+        deadline = time.monotonic() + chance.random() * seconds
+        while time.monotonic() < deadline and running.poll() is None:
+            time.sleep(0.005)
+        killed[target] += kill(running, target, chance)
+    last = repro(project, "train").wait()
+    log = (project / "gpt_nano.log").read_text()
+    same = last == 0 and contents(project) == whole and row_is_whole(project)
+    if not same:
+        kept = Path(tempfile.mkdtemp(prefix="chargpt-chaos-failed-"))
+        shutil.copytree(project, kept, dirs_exist_ok=True)
+        differing = [name for name, content in contents(project).items() if content != whole[name]]
+        print(f"DIFFERENT: exit {last}, {differing or 'the row'}; kept in {kept}")
+    return killed, log.count("continuing after step"), same
+
+
+def repro(project: Path, stage: str) -> "subprocess.Popen[bytes]":
+    """Start `dvc repro` up to a stage, quietly."""
+    command = [str(Path(sys.executable).with_name("dvc")), "repro", "--quiet", stage]
+    variables = environment(PYTHONPATH="")
+    with (project.parent / "said.txt").open("ab") as said:
+        return subprocess.Popen(command, cwd=project, env=variables, stdout=said, stderr=said, start_new_session=True)
+
+
+def kill(running: "subprocess.Popen[bytes]", target: str, chance: random.Random) -> bool:
+    """SIGKILL one process of the tree, or all; returns whether something was killed, when nothing of it is left."""
+    try:
+        tree = [psutil.Process(running.pid), *psutil.Process(running.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return False
+    victims = [process for process in tree if target in ("everything", role(process))]
+    if target == "rank" and victims:
+        victims = [chance.choice(victims)]
+    for victim in victims:
+        victim.kill()
+    if victims:
+        running.poll()
+        _, alive = psutil.wait_procs(tree, timeout=ORPHANS_GONE_S)
+        alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        assert not alive, f"orphans after killing {target}: {alive}"
+    running.wait()
+    return bool(victims)
+
+
+def role(process: psutil.Process) -> str:
+    """What a process of the tree is."""
+    try:
+        line = process.cmdline()
+    except psutil.Error:
+        return ""
+    if "stages.train" in line:
+        return "wrapper"
+    if any(word.endswith("torchrun") for word in line):
+        return "torchrun"
+    if "gpt" in line:
+        return "rank"
+    return "dvc" if any(word.endswith("dvc") for word in line) else ""
+
+
+def contents(project: Path) -> dict[str, bytes]:
+    """The bytes of every output; nothing for one that is missing."""
+    return {name: path.read_bytes() if (path := project / name).exists() else b"" for name in OUTPUTS}
+
+
+def row_is_whole(project: Path) -> bool:
+    """One row, finished, each step of the history once."""
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    rows = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    if len(rows) != 1 or rows[0].info.status != "FINISHED":
+        return False
+    steps = [metric.step for metric in client.get_metric_history(rows[0].info.run_id, "train_loss")]
+    return sorted(steps) == list(range(10, 401, 10))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""One content, one bit pattern: whatever is killed, and on however many processes, the same bytes come out."""
+
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from gpt.checkpoint import read_tensors
+from gpt.distributed import Group, joined
+from gpt.errors import StoppedError, UserError
+from gpt.history import read_records
+from gpt.model import GPT, ModelParams
+from gpt.params import check_section
+from gpt.run_folder import RunFolder
+from gpt.token_files import TokenData
+from gpt.training import Trainer, TrainParams
+from tests.conftest import environment, only_line, small_params, write_params
+
+CPU = torch.device("cpu")
+NAMES = ("model.pt", "metrics/train.json", "plots/history.csv")
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+
+
+# In one process: what a run leaves, from its first step or from a saved state.
+
+
+def trainer(data: TokenData, group: Group, **changes: object) -> Trainer:
+    params = small_params(train__max_steps=12, train__eval_interval=4, train__save_interval=3, **changes)
+    torch.manual_seed(0)
+    model = GPT(check_section(Path("test"), "model", ModelParams, params), data.meta.vocab_size)
+    return Trainer(check_section(Path("test"), "train", TrainParams, params), model, data, group)
+
+
+def run(data: TokenData, folder: RunFolder, *, stop_after: int | None = None) -> dict[str, bytes]:
+    """Train in `folder`, from its newest state if it has one; stop after some steps if asked to."""
+    with joined(CPU, timeout_s=30) as group:
+        one = trainer(data, group)
+        folder.path.mkdir(exist_ok=True)
+        if found := folder.newest({}, print):
+            one.restore(*found)
+        folder.history.resume(one.progress.step)
+        steps = iter(range(1000))
+        try:
+            one.run(folder, {}, lambda record: None, lambda: next(steps) + 1 == stop_after)
+        except StoppedError:
+            assert stop_after
+        folder.history.write_csv(folder.path / "history.csv")
+        weights = {name: weight.numpy().tobytes() for name, weight in one.best.items()}
+        return {**weights, "history": (folder.path / "history.csv").read_bytes()}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 5, 11])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not(data: TokenData, tmp_path: Path, steps: int) -> None:
+    whole = run(data, RunFolder(tmp_path / "whole"))
+    halves = RunFolder(tmp_path / "halves")
+    run(data, halves, stop_after=steps)
+    assert [path.name for path in sorted(halves.path.glob("resume-*.pt"))][-1] == f"resume-{steps:09d}.pt"
+    assert run(data, halves) == whole
+
+
+def forget_seed(_seed: int) -> None:
+    """In place of torch.manual_seed: the random numbers of a step come from wherever the process stands."""
+
+
+def forget_moment(self: Trainer, digests: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """In place of Trainer.state: the optimizer's memory of the gradient is lost."""
+    metadata, tensors = STATE(self, digests)
+    for moments in tensors["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros_like(moments["exp_avg"])
+    return metadata, tensors
+
+
+STATE = Trainer.state
+SABOTAGE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "a shard's seed": lambda patch: patch.setattr(torch, "manual_seed", forget_seed),
+    "an optimizer moment": lambda patch: patch.setattr(Trainer, "state", forget_moment),
+    "the clearing of a gradient": lambda patch: patch.setattr(
+        "torch.nn.parallel.DistributedDataParallel.zero_grad", lambda self, set_to_none: None
+    ),
+}
+
+
+@pytest.mark.parametrize("ingredient", SABOTAGE)
+def test_the_check_turns_red_when_an_ingredient_is_missing(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ingredient: str
+) -> None:
+    SABOTAGE[ingredient](monkeypatch)
+    whole = run(data, RunFolder(tmp_path / "whole"))
+    halves = RunFolder(tmp_path / "halves")
+    run(data, halves, stop_after=5)
+    assert run(data, halves) != whole
+
+
+def test_a_damaged_state_is_named_and_the_one_before_is_used(
+    data: TokenData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(data, RunFolder(tmp_path / "whole"))
+    halves = RunFolder(tmp_path / "halves")
+    run(data, halves, stop_after=8)
+    states = sorted(halves.path.glob("resume-*.pt"))
+    assert [path.name for path in states] == ["resume-000000006.pt", "resume-000000008.pt"]
+    content = bytearray(states[-1].read_bytes())
+    content[len(content) // 2] ^= 1
+    states[-1].write_bytes(content)
+    assert run(data, halves) == whole
+    said = capsys.readouterr().out
+    assert "damaged" in said
+    assert "resume-000000008.pt" in said
+
+
+def test_other_params_or_code_never_pick_up_a_state(data: TokenData, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    run(data, folder, stop_after=5)
+    assert folder.newest({}, print)
+    assert folder.newest({"code": "other"}, print) is None
+
+
+# As processes: killed at random, and on several processes.
+
+
+def line(tokens: Path, *more: str) -> list[str]:
+    outputs = ["--checkpoint", "model.pt", "--metrics", "metrics/train.json", "--history", "plots/history.csv"]
+    return [
+        "-m",
+        "gpt",
+        "train",
+        "--params",
+        "params.yaml",
+        "--tokens",
+        str(tokens),
+        *outputs,
+        "--run-dir",
+        "run",
+        *more,
+    ]
+
+
+def launcher(processes: int) -> list[str]:
+    return [sys.executable] if processes == 0 else [TORCHRUN, "--standalone", f"--nproc-per-node={processes}"]
+
+
+def start(folder: Path, processes: int, tokens: Path, *more: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*launcher(processes), *line(tokens, *more)],
+        cwd=folder,
+        env=environment(OMP_NUM_THREADS="1"),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(folder: Path, processes: int, tokens: Path) -> dict[str, bytes]:
+    done = start(folder, processes, tokens)
+    said, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, said + errors
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in NAMES}
+
+
+def prepare(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_params(
+        folder / "params.yaml",
+        train__max_steps=90,
+        train__save_interval=4,
+        train__eval_interval=15,
+        model__dropout=0.2,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str, bytes]:
+    """What the run leaves when nobody disturbs it; four processes, which two cores share."""
+    return finish(prepare(tmp_path_factory.mktemp("uninterrupted")), 4, tokens)
+
+
+def ranks_of(process: "subprocess.Popen[str]", processes: int) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children() if processes else [psutil.Process(process.pid)]
+
+
+def history_reaches(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        if any(record.step >= step for record in read_records(folder / "run" / "history.jsonl")):
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was never reached")
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], processes: int
+) -> None:
+    """From no torchrun at all to two processes; each kill at a random moment after some more steps."""
+    folder = prepare(tmp_path / "killed")
+    chance = random.Random(processes)
+    for step in (10, 30, 50, 70):
+        running = start(folder, processes, tokens)
+        history_reaches(folder, step, running)
+        time.sleep(chance.random() * 0.2)
+        everyone = [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]
+        for process in everyone:
+            process.kill()
+        running.communicate()
+        psutil.wait_procs(everyone, timeout=5)
+        assert not (folder / "model.pt").exists() or contents(folder) == uninterrupted
+    assert finish(folder, processes, tokens) == uninterrupted
+    assert list((folder / "run").glob("resume-*.pt")) == []
+    steps = [record.step for record in read_records(folder / "run" / "history.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+def test_started_with_2_killed_and_finished_with_1(
+    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    """SIGKILL of one rank ends the job; SIGKILL of torchrun takes its ranks along; then one process finishes it."""
+    folder = prepare(tmp_path / "killed")
+    running = start(folder, 2, tokens)
+    history_reaches(folder, 10, running)
+    ranks_of(running, 2)[1].kill()
+    running.communicate(timeout=30)
+    assert running.returncode != 0
+    running = start(folder, 2, tokens)
+    history_reaches(folder, 40, running)
+    ranks = ranks_of(running, 2)
+    running.kill()
+    running.communicate(timeout=30)
+    _, alive = psutil.wait_procs(ranks, timeout=3)
+    assert alive == []
+    assert finish(folder, 0, tokens) == uninterrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(
+    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], number: signal.Signals
+) -> None:
+    folder = prepare(tmp_path / "stopped")
+    running = start(folder, 0, tokens)
+    history_reaches(folder, 20, running)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 75
+    assert "stopped after step" in only_line(errors)
+    step = int(only_line(errors).split("step ")[1].split()[0])
+    assert (folder / "run" / f"resume-{step:09d}.pt").exists()
+    assert finish(folder, 0, tokens) == uninterrupted
+
+
+def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path, tokens: Path) -> None:
+    folder = prepare(tmp_path / "hangs")
+    running = start(folder, 2, tokens, "--timeout", "4")
+    history_reaches(folder, 10, running)
+    rank = ranks_of(running, 2)[1]
+    rank.suspend()
+    began = time.monotonic()
+    _, errors = running.communicate(timeout=60)
+    assert time.monotonic() - began < 4 + 8
+    assert running.returncode != 0
+    assert f"(PID {rank.pid} on {socket.gethostname()})" in errors
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_second_run_of_the_same_key_waits_and_says_for_whom(
+    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    folder = prepare(tmp_path / "twice")
+    first = start(folder, 0, tokens)
+    history_reaches(folder, 10, first)
+    second = start(folder, 0, tokens)
+    said, errors = second.communicate(timeout=60)
+    first.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), errors
+    assert f"waiting: this very run is already under way, PID {first.pid} on {socket.gethostname()} since" in said
+    assert contents(folder) == uninterrupted
+
+
+# The disk.
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes in this process: the kernel then refuses to write, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(data: TokenData, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    run(data, folder, stop_after=5)
+    (old,) = folder.path.glob("resume-*5.pt")
+    content = old.read_bytes()
+    with joined(CPU, timeout_s=30) as group:
+        state = trainer(data, group).state({})
+    with small_disk(10_000), pytest.raises(UserError, match=r"resume-000000005\.pt: .*(space|large)"):
+        folder.save(5, *state)
+    assert old.read_bytes() == content
+    assert read_tensors(old)
+    assert [path.name for path in folder.path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path, tokens: Path) -> None:
+    """A real small file system, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True, text=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip(f"this user may not mount a file system: {mount.stderr.strip()}")
+    try:
+        folder = prepare(tmp_path / "work")
+        done = start(folder, 0, tokens, "--run-dir", str(disk / "run"))
+        _, errors = done.communicate(timeout=60)
+        assert done.returncode == 2
+        assert "no space left on the device" in only_line(errors)
+        assert str(disk) in only_line(errors)
+        assert not (folder / "model.pt").exists()
+        for state in (disk / "run").glob("*.pt"):
+            assert read_tensors(state)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_read_only_folder_is_refused_before_training(tmp_path: Path, tokens: Path) -> None:
+    folder = prepare(tmp_path / "work")
+    (folder / "metrics").write_text("a file where a folder belongs")
+    done = start(folder, 0, tokens)
+    said, errors = done.communicate(timeout=60)
+    assert done.returncode == 2
+    assert "metrics/train.json" in only_line(errors)
+    assert "step" not in said
+    assert not (folder / "run" / "history.jsonl").exists()

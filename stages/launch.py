@@ -1,0 +1,220 @@
+"""Children: how they are started and end, what they hear of signals, and which of their words a person sees."""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, NoReturn
+
+from gpt.errors import UserError
+from stages.log import append_failure, frame
+
+LOOK_S = 0.5  # between two looks at what the child has written
+JOIN_S = 2
+STOPPED_AFTER_SAVING = 75  # a training command's own code for "asked to stop, state saved"
+KEPT_LINES, KEPT_LINE_BYTES = 2000, 1 << 16
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
+# One thread a process: with another number of threads the CPU computes other bits.
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
+# Who sets one of these has a group of several machines in mind, which is then described in full by them.
+RENDEZVOUS = ("PET_NNODES", "PET_RDZV_ENDPOINT", "PET_RDZV_BACKEND", "PET_MASTER_ADDR", "PET_NODE_RANK")
+
+
+def enter(stage: str, main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a stage on this process's arguments; a person's mistake becomes one line and exit code 2."""
+    if "DVC_STAGE" in os.environ:
+        _end_with_parent()  # dvc killed by SIGKILL would leave us, and a second `dvc repro` would start beside us
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"stages.{stage}: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without taking MLflow's thousands of modules apart, which costs half a second
+
+
+def options(command: Sequence[str], *names: str) -> list[str]:
+    """All values that a command line gives to an option, in the forms `--name value` and `--name=value`."""
+    found = [after for word, after in pairwise(command) if word in names]
+    return found + [
+        value for word in command for name, equals, value in [word.partition("=")] if equals and name in names
+    ]
+
+
+def option(command: Sequence[str], name: str) -> Path:
+    """The path that a command line gives to an option.
+
+    Raises:
+        UserError: the option is not there.
+
+    """
+    values = options(command, name)
+    if not values:
+        raise UserError(
+            f"{name}: expected this option in the command to run, found: {' '.join(command) or 'no command'}"
+        )
+    return Path(values[-1])
+
+
+def with_option(command: Sequence[str], name: str, value: object) -> list[str]:
+    """The command with an option at its end, unless the person gave that option."""
+    return [*command] if options(command, name) else [*command, name, str(value)]
+
+
+def training_environment(processes: int) -> dict[str, str]:
+    """Torchrun's options as its `PET_*` variables, and the thread counts; what the person set of `PET_*` stands."""
+    one_machine = not any(name in os.environ for name in RENDEZVOUS)
+    torchrun = {"PET_NPROC_PER_NODE": str(processes)} | ({"PET_STANDALONE": "1"} if one_machine else {})
+    return THREADS | {name: os.environ.get(name, value) for name, value in torchrun.items()}
+
+
+def status_of(code: int) -> str:
+    """MLflow's word for an exit code."""
+    if code == 0:
+        return "FINISHED"
+    return "KILLED" if code == STOPPED_AFTER_SAVING or code > 128 else "FAILED"
+
+
+def run(
+    command: Sequence[str],
+    *,
+    stage: str,
+    about: str,
+    log_file: Path,
+    environment: Mapping[str, str] = {},
+    meanwhile: Callable[[], None] = lambda: None,
+) -> int:
+    """Run a command to its end and see to its errors.
+
+    Args:
+        about: the run's key or the checkpoint's SHA-256, for the log.
+        meanwhile: called again and again while the command runs; must not raise.
+
+    Returns:
+        The exit code; that of the worker where torchrun hides it, 128 + n for signal n.
+
+    Raises:
+        UserError: there is no such command.
+
+    """
+    with _signals() as (received, forward_to):
+        child = _start(command, environment)
+        forward_to.append(child)
+        words = _Words(child.stderr)
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                code = child.wait(LOOK_S)  # first, so that a command which refuses at once is not kept waiting
+                break
+            meanwhile()
+        words.join(JOIN_S)  # a grandchild that lives on would keep the pipe open
+        text = "".join(words.kept)
+        code = _exit_code(code, text if _is_torchrun(command) else "", received)
+    if code:
+        marked = frame(stage, about)
+        with suppress(OSError):  # a full disk must not hide why the child failed
+            append_failure(log_file, marked, f"{Path(command[0]).name} ended with exit code {code}", text)
+        if received:
+            text = f"stages.{stage}: stopped by {signal.Signals(received[-1]).name}\n"
+        if received or not words.passed_on:
+            print(text or f"stages.{stage}: {command[0]} ended with exit code {code}\n", end="", file=sys.stderr)
+    return code
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a child that is asked to end when this process dies, however it dies (Linux only)."""
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        _end_with_parent()
+        if os.getppid() != parent:
+            os._exit(1)  # died before the line above
+
+    try:
+        return subprocess.Popen(  # no thread runs yet, so that a function before exec is safe
+            command,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            preexec_fn=die_with_parent,  # noqa: PLW1509
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(
+            f"{command[0]}: expected a command that can be run, found: {error.strerror}; "
+            "put the environment's bin folder on PATH"
+        ) from None
+
+
+def _end_with_parent() -> None:
+    """Ask the system for a SIGTERM when this process's parent dies, however it dies (Linux only)."""
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # SIGTERM, since torchrun then takes its workers along
+
+
+@contextmanager
+def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
+    """Outlive SIGINT, which a terminal sends to the child as well, and pass SIGTERM on to it.
+
+    Afterwards SIGINT interrupts again; SIGTERM still does not, so that what is left to publish is published.
+    """
+    received: list[int] = []
+    forward_to: list[subprocess.Popen[bytes]] = []
+
+    def handle(number: int, _frame: object) -> None:
+        received.append(number)
+        if number == signal.SIGTERM:
+            for child in forward_to:
+                child.send_signal(number)
+
+    before = signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield received, forward_to
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Words(threading.Thread):
+    """Reads a child's stderr: passes our one-line errors on at once, keeps the rest."""
+
+    def __init__(self, pipe: IO[bytes] | None) -> None:
+        super().__init__(daemon=True)
+        assert pipe
+        self._pipe = pipe
+        self.kept: deque[str] = deque(maxlen=KEPT_LINES)
+        self.passed_on: set[str] = set()
+        self.start()
+
+    def run(self) -> None:
+        """Read to the end; several ranks say the same, a person hears it once."""
+        for raw in iter(lambda: self._pipe.readline(KEPT_LINE_BYTES), b""):
+            line = raw.decode(errors="replace")
+            if not line.startswith("gpt "):
+                self.kept.append(line)
+            elif line not in self.passed_on:
+                self.passed_on.add(line)
+                print(line, end="", file=sys.stderr, flush=True)
+
+
+def _is_torchrun(command: Sequence[str]) -> bool:
+    return Path(command[0]).name == "torchrun"
+
+
+def _exit_code(code: int, box: str, received: Sequence[int]) -> int:
+    """The code to end with. Torchrun ends with 1 whatever happened; the worker's own code stands in its box of text."""
+    worker = re.search(r"exitcode\s*:\s*(-?\d+)", box.rpartition("Root Cause")[2])
+    if worker:
+        code = int(worker[1])
+    elif box and received:  # asked to stop, torchrun shows no box
+        code = -received[-1]
+    return code if code >= 0 else 128 - code

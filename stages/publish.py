@@ -1,0 +1,188 @@
+"""What every stage does with the store: reach it while the child runs, survive without it, make rows equal to files."""
+
+import gc
+import getpass
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt.files import sha256_file
+from gpt.params import read_params
+from stages import launch, log, record
+from stages.history import Follower
+from stages.record import Record
+
+if TYPE_CHECKING:
+    from stages.tracking import Store
+
+PAUSE_S = 30  # between two attempts to reach a store that failed
+# MLflow's own settings let a silent server block for four minutes.
+CLIENT = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def address(root: Path) -> str:
+    """The address of the tracking store."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+
+
+def connect(root: Path) -> "Store":
+    """Import MLflow, which takes more than a second, and open the store."""
+    for name, value in CLIENT.items():
+        os.environ.setdefault(name, value)
+    gc.disable()  # a fifth of the time of importing
+    try:
+        from stages.tracking import Store  # noqa: PLC0415 (the child has been started by now)
+
+        return Store.open(address(root), root)
+    finally:
+        gc.enable()
+
+
+class Publisher:
+    """Does things to the store, or, after one warning, does without: tracking never costs a training."""
+
+    def __init__(self, stage: str, root: Path) -> None:
+        self._stage, self._root = stage, root
+        self._store: Store | None = None
+        self._warned = False
+        self._not_before = 0.0
+
+    def attempt(self, action: Callable[["Store"], object] = lambda _store: None, *, last: bool = False) -> None:
+        """Do something to the store, reaching it first; whatever fails in it becomes the one warning.
+
+        Args:
+            last: there will be no other attempt, so make this one however short ago the one before failed.
+
+        """
+        if time.monotonic() < self._not_before and not last:
+            return
+        with self.surviving(without_password(address(self._root))):
+            self._not_before = time.monotonic() + PAUSE_S
+            self._store = self._store or connect(self._root)
+            action(self._store)
+            self._not_before = 0.0
+
+    @contextmanager
+    def surviving(self, what: object) -> Iterator[None]:
+        """Turn whatever fails in the block into the one warning, which names what failed."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:  # MLflow's, requests', the disk's …
+            if not self._warned:
+                self._warned = True
+                text = f"not tracked for now, {what}: {brief(error)}; `python -m stages.sync` publishes later"
+                print(f"stages.{self._stage}: {text}", file=sys.stderr, flush=True)
+
+
+def brief(error: BaseException) -> str:
+    """An error of somebody else's on one short line."""
+    return without_password(f"{type(error).__name__} {error}".replace("\n", " "))[:200].strip()
+
+
+def without_password(text: str) -> str:
+    """A text that can be shown, if an address in it holds a user's name and password."""
+    return re.sub(r"//[^/\s@]+@", "//", text)
+
+
+def publish_run(store: "Store", run: Path) -> None:
+    """Make the row of a run folder equal to the folder; does nothing where it is."""
+    train = record.read(run, "train")
+    if not train:
+        return
+    row = store.row("run.key", run.name, train)
+    if not row.has(run, train):
+        row.replay(Follower(run / "history.jsonl").news())
+        row.finish(train)  # before the mark that `publish` leaves, which says that nothing is missing
+    for stage in ("train", "evaluate", "generate"):
+        if part := record.read(run, stage):
+            row.publish(run, part)
+
+
+def provenance() -> tuple[str, dict[str, str]]:
+    """A row's name, the DVC experiment's or the short commit, and the tags that say where it comes from."""
+    experiment = os.environ.get("DVC_EXP_NAME", "")
+    commit = ""
+    with suppress(OSError):  # no git here
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip()
+    tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "dvc.exp_name": experiment}
+    with suppress(OSError, KeyError):  # a user without a name
+        tags["mlflow.user"] = getpass.getuser()
+    return experiment or commit[:7], {name: value for name, value in tags.items() if value}
+
+
+def follow_up(
+    stage: str, command: list[str], *, files: Mapping[str, Path], metrics: Callable[[], Mapping[str, float]]
+) -> int:
+    """Run a command that looks at a checkpoint, then publish what it wrote on the row of that checkpoint.
+
+    Args:
+        files: the artifacts that the command writes, by their names in MLflow.
+        metrics: reads the figures that it wrote.
+
+    Returns:
+        The command's exit code.
+
+    """
+    root, began = record.main_workspace(), time.time()
+    checkpoint = launch.option(command, "--checkpoint")
+    sha256 = sha256_file(checkpoint) if checkpoint.is_file() else ""
+    command = launch.with_option(command, "--log-file", root / "gpt_nano.log")
+    log_file = launch.option(command, "--log-file")
+    publisher = Publisher(stage, root)
+    code = launch.run(command, stage=stage, about=sha256, log_file=log_file, meanwhile=publisher.attempt)
+    if code:
+        return code
+    with publisher.surviving("its results"), tempfile.TemporaryDirectory() as nowhere:
+        found = _record(stage, command, began, sha256, metrics())
+        run = record.run_of_checkpoint(root, sha256)
+        part = log.part_of_log(log_file, log.frame(stage, sha256))
+        record.save(run or Path(nowhere), found, {**files, f"logs/{stage}.log": part})
+        publisher.attempt(lambda store: _publish_follow_up(store, run, Path(nowhere), found), last=True)
+    return code
+
+
+def settings(command: list[str], *sections: str) -> dict[str, str]:
+    """Sections of the params file that a command was given, its `--set` applied, flat and as text."""
+    files = launch.options(command, "--params")
+    changes = launch.options(command, "--set", "-S")
+    return record.flatten(read_params(Path(files[-1]), changes), sections) if files else {}
+
+
+def _record(stage: str, command: list[str], began: float, sha256: str, metrics: Mapping[str, float]) -> Record:
+    name, _ = provenance()
+    return Record(
+        stage=stage,
+        name=name or sha256[:7],
+        began=began,
+        ended=time.time(),
+        tags=settings(command, stage) | {"checkpoint.sha256": sha256},
+        metrics=dict(metrics),
+    )
+
+
+def _publish_follow_up(store: "Store", run: Path | None, nowhere: Path, found: Record) -> None:
+    """Publish on the checkpoint's row; without one, rebuild it from its run folder, or open one of that tag alone."""
+    sha256 = found.tags["checkpoint.sha256"]
+    row = store.find("checkpoint.sha256", sha256)
+    if row:
+        row.publish(run or nowhere, found)
+    elif run:
+        publish_run(store, run)
+    else:
+        row = store.row("checkpoint.sha256", sha256, found)
+        row.finish(found)
+        row.publish(nowhere, found)

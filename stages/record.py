@@ -1,0 +1,132 @@
+"""What a stage leaves in the run folder for MLflow, so that its row can be rebuilt from files at any time.
+
+.runs/<key>/history.jsonl      the child's
+.runs/<key>/row/train.json     a Record; also evaluate.json and generate.json
+.runs/<key>/row/train/…        the small artifacts of that stage, under the names they have in MLflow
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gpt.errors import UserError
+from gpt.files import canonical_json, read_json, sha256_file, write_json
+
+RUNS_KEPT = 20
+
+
+class Record(BaseModel):
+    """All that one stage contributes to its row, beside the history and the files in its folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    began: float  # seconds since 1970, as `ended`
+    ended: float
+    status: str = "FINISHED"
+    name: str = ""  # the row's; of the stage that opens it
+    checkpoint: str = ""  # SHA-256
+    checkpoint_file: str = ""  # where it lay, seen from the workspace; too large to be kept a second time
+    tags: dict[str, str] = {}
+    params: dict[str, str] = {}
+    metrics: dict[str, float] = {}
+    dataset: dict[str, Any] = {}  # what tokenize's meta.json says
+
+
+def main_workspace() -> Path:
+    """Where the store, the log and the run folders lie: DVC's main workspace, also seen from temporary copies of it."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).absolute()
+
+
+def runs(root: Path) -> list[Path]:
+    """All run folders, the one that changed last first."""
+    folders = [path for path in (root / ".runs").glob("*") if len(path.name) == 64 and path.is_dir()]
+    return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def run_of_checkpoint(root: Path, sha256: str) -> Path | None:
+    """The newest run folder whose training ended in the checkpoint with this SHA-256."""
+    return next((run for run in runs(root) if (train := read(run, "train")) and train.checkpoint == sha256), None)
+
+
+def prune(root: Path, *, current: Path, keep: int = RUNS_KEPT) -> None:
+    """Delete the oldest run folders; never this one, never one that a running command holds."""
+    for run in runs(root)[keep:]:
+        if run != current and not is_held(run):
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def is_held(run: Path) -> bool:
+    """Whether some process is training in this run folder now."""
+    try:
+        with FileLock(run / "lock").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def save(run: Path, record: Record, artifacts: Mapping[str, Path | str]) -> None:
+    """Write a stage's record, and its artifacts, each copied from a file or given as text."""
+    folder = run / "row" / record.stage
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, content in artifacts.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            target.write_text(content, encoding="utf-8")
+        elif content.is_file():
+            shutil.copyfile(content, target)
+    write_json(run / "row" / f"{record.stage}.json", record.model_dump())
+
+
+def read(run: Path, stage: str) -> Record | None:
+    """A stage's record, or nothing where there is none that can be read."""
+    try:
+        return Record.model_validate(read_json(run / "row" / f"{stage}.json"))
+    except (UserError, ValidationError):
+        return None
+
+
+def settle(run: Path) -> None:
+    """Correct the record of a training whose wrapper was killed: it says running, and nobody holds the folder."""
+    train = read(run, "train")
+    if train and train.status == "RUNNING" and not is_held(run):
+        history = run / "history.jsonl"
+        ended = history.stat().st_mtime if history.exists() else train.ended
+        write_json(
+            run / "row" / "train.json", train.model_copy(update={"status": "KILLED", "ended": ended}).model_dump()
+        )
+
+
+def artifacts(run: Path, stage: str) -> Iterator[tuple[str, Path]]:
+    """The small artifacts that a stage saved: their names in MLflow and the files."""
+    folder = run / "row" / stage
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path
+
+
+def digest(run: Path, record: Record) -> str:
+    """SHA-256 of all that a record brings to the row: itself, its artifacts, and for training the history."""
+    history = run / "history.jsonl"
+    content = {
+        "record": record.model_dump(),
+        "artifacts": {name: sha256_file(path) for name, path in artifacts(run, record.stage)},
+        "history": sha256_file(history) if record.stage == "train" and history.exists() else "",
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def flatten(params: Mapping[str, Any], sections: Sequence[str]) -> dict[str, str]:
+    """`section.key` and the value as text, for some sections of the params file."""
+    return {
+        f"{section}.{key}": value if isinstance(value, str) else canonical_json(value)
+        for section in sections
+        for key, value in (params.get(section) or {}).items()
+    }

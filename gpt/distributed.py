@@ -175,8 +175,13 @@ def joined(device: torch.device, *, timeout_s: int, before: Callable[[], None] =
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise LostRankError(pulse.diagnosis(timeout_s)) from error
-    dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
+        raise LostRankError(
+            pulse.diagnosis(timeout_s)
+        ) from error  # and leave the group: it could wait for the lost one
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _store() -> Store:

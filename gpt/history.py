@@ -2,14 +2,15 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pandas as pd
 
 from gpt.files import atomic_write, naming_the_file
 
-COLUMNS = ["step", "train_loss", "val_loss", "learning_rate", "grad_norm"]  # what a re-run repeats bit for bit
+TRAINING = ["step", "train_loss", "learning_rate", "grad_norm"]  # what a re-run repeats bit for bit
+VALIDATION = ["step", "val_loss"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,16 @@ class History:
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
-    def write_csv(self, path: Path) -> None:
-        """Write the table of all records, one row a record, the same bytes for the same training."""
-        table = pd.DataFrame([asdict(record) for record in self.records], columns=COLUMNS)
-        with atomic_write(path) as file:
-            file.write(table.to_csv(index=False, lineterminator="\n").encode())
+    def write_csv(self, training: Path, validation: Path) -> None:
+        """Write what was seen as two tables, the same bytes for the same training.
+
+        Two, since losses on the validation split are rarer, and plots take an empty cell for a zero.
+        """
+        table = pd.DataFrame(
+            [asdict(record) for record in self.records], columns=[each.name for each in fields(Record)]
+        )
+        _write_table(training, table[TRAINING])
+        _write_table(validation, table[VALIDATION].dropna())
 
 
 def read_records(path: Path) -> list[Record]:
@@ -68,3 +74,8 @@ def read_records(path: Path) -> list[Record]:
 
 def _line(record: Record) -> str:
     return json.dumps({key: value for key, value in asdict(record).items() if value is not None}) + "\n"
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    with atomic_write(path) as file:
+        file.write(table.to_csv(index=False, lineterminator="\n").encode())

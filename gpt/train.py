@@ -38,6 +38,7 @@ class Outputs:
     checkpoint: Path
     metrics: Path
     history: Path
+    validation: Path
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
     """
     device = choose_device(params.device, "train.device")
     if rank_of_environment() == 0:
-        for path in (outputs.checkpoint, outputs.metrics, outputs.history, folder.history.path):
+        for path in (*vars(outputs).values(), folder.history.path):
             prepare_output(path)
     with (
         ExitStack() as stack,
@@ -84,7 +85,8 @@ def command(
     tokens: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the command tokenize wrote.")],
     checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Where the best weights go.")],
     metrics: Annotated[Path, typer.Option(metavar="FILE", help="Where the final figures go, as JSON.")],
-    history: Annotated[Path, typer.Option(metavar="FILE", help="Where the losses by step go, as CSV.")],
+    history: Annotated[Path, typer.Option(metavar="FILE", help="Where the training loss by step goes, as CSV.")],
+    validation: Annotated[Path, typer.Option(metavar="FILE", help="Where the validation loss by step goes, as CSV.")],
     run_dir: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Keeps the live history and what a killed run continues from."),
@@ -107,7 +109,7 @@ def command(
             model=model,
             data=load_tokens(tokens, block_size=model.block_size),
             made_of=digests(params, tokens, changes),
-            outputs=Outputs(checkpoint, metrics, history),
+            outputs=Outputs(checkpoint, metrics, history, validation),
             folder=RunFolder(folder),
             timeout_s=timeout,
         )
@@ -165,7 +167,7 @@ def _write(trainer: Trainer, outputs: Outputs, folder: RunFolder) -> None:
         "val_loss": progress.best_loss,
     }
     Checkpoint(trainer.model.params, trainer.data.tokenizer, trainer.best, about).save(outputs.checkpoint)
-    folder.history.write_csv(outputs.history)
+    folder.history.write_csv(outputs.history, outputs.validation)
     figures = {
         "val_loss": progress.best_loss,
         "train_loss": folder.history.records[-1].train_loss,

@@ -121,6 +121,8 @@ def run(
         words.join(JOIN_S)  # a grandchild that lives on would keep the pipe open
         text = "".join(words.kept)
         code = _exit_code(code, text if _is_torchrun(command) else "", received)
+        if received and any(": stopped after step " in line for line in words.passed_on):
+            code = STOPPED_AFTER_SAVING  # torchrun hides it when it is asked to stop itself
     if code:
         marked = frame(stage, about)
         with suppress(OSError):  # a full disk must not hide why the child failed

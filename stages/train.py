@@ -124,7 +124,7 @@ class _Training:
             "logs/train.log": log.part_of_log(self.log_file, log.frame("train", self.run.name)),
         }
         if not code:
-            for name in ("--metrics", "--history"):
+            for name in ("--metrics", "--history", "--validation"):
                 path = launch.option(self._command, name)
                 found[path.name] = path
         return found

@@ -32,18 +32,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
 
 def train_line(tokens: Path, *more: str) -> list[str]:
     outputs = ["--checkpoint", "model.pt", "--metrics", "metrics/train.json", "--history", "plots/history.csv"]
+    outputs += ["--validation", "plots/validation.csv"]
     return ["train", "--params", "params.yaml", "--tokens", str(tokens), *outputs, *more]
 
 
 def test_train_leaves_whole_outputs_and_nothing_else(trained: Path) -> None:
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
-    assert files == {"params.yaml", "model.pt", "metrics/train.json", "plots/history.csv", "gpt_nano.log"}
+    tables = {"plots/history.csv", "plots/validation.csv"}
+    assert files == tables | {"params.yaml", "model.pt", "metrics/train.json", "gpt_nano.log"}
     figures = json.loads((trained / "metrics" / "train.json").read_text())
     about = load_checkpoint(trained / "model.pt").about
     assert (about["step"], about["val_loss"]) == (figures["best_step"], figures["val_loss"])
     header, *rows = (trained / "plots" / "history.csv").read_text().splitlines()
-    assert header == "step,train_loss,val_loss,learning_rate,grad_norm"
+    assert header == "step,train_loss,learning_rate,grad_norm"
     assert [row.split(",")[0] for row in rows] == ["10", "20"]
+    header, *rows = (trained / "plots" / "validation.csv").read_text().splitlines()
+    assert (header, [row.split(",")[0] for row in rows]) == ("step,val_loss", ["20"])
 
 
 def test_evaluate_repeats_the_training_figure(gpt: RunGpt, trained: Path, tokens: Path, tmp_path: Path) -> None:
@@ -173,7 +177,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(trained: Path, token
     for launcher in ([sys.executable], [torchrun, "--standalone", "--nproc-per-node=2"]):
         line = [*launcher, "-m", "gpt", *train_line(tokens)]
         subprocess.run(line, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"), check=True, capture_output=True)
-        names = ("model.pt", "metrics/train.json", "plots/history.csv")
+        names = ("model.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv")
         found.add(tuple((tmp_path / name).read_bytes() for name in names))
     assert len(found) == 1
 

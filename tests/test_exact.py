@@ -27,7 +27,7 @@ from gpt.training import Trainer, TrainParams
 from tests.conftest import environment, only_line, small_params, write_params
 
 CPU = torch.device("cpu")
-NAMES = ("model.pt", "metrics/train.json", "plots/history.csv")
+NAMES = ("model.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv")
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 
 
@@ -54,7 +54,7 @@ def run(data: TokenData, folder: RunFolder, *, stop_after: int | None = None) ->
             one.run(folder, {}, lambda record: None, lambda: next(steps) + 1 == stop_after)
         except StoppedError:
             assert stop_after
-        folder.history.write_csv(folder.path / "history.csv")
+        folder.history.write_csv(folder.path / "history.csv", folder.path / "validation.csv")
         weights = {name: weight.numpy().tobytes() for name, weight in one.best.items()}
         return {**weights, "history": (folder.path / "history.csv").read_bytes()}
 
@@ -130,6 +130,7 @@ def test_other_params_or_code_never_pick_up_a_state(data: TokenData, tmp_path: P
 
 def line(tokens: Path, *more: str) -> list[str]:
     outputs = ["--checkpoint", "model.pt", "--metrics", "metrics/train.json", "--history", "plots/history.csv"]
+    outputs += ["--validation", "plots/validation.csv"]
     return [
         "-m",
         "gpt",
@@ -281,8 +282,12 @@ def test_a_second_run_of_the_same_key_waits_and_says_for_whom(
     folder = prepare(tmp_path / "twice")
     first = start(folder, 0, tokens)
     history_reaches(folder, 10, first)
+    psutil.Process(first.pid).suspend()
     second = start(folder, 0, tokens)
-    said, errors = second.communicate(timeout=60)
+    assert second.stdout
+    said = second.stdout.readline()
+    psutil.Process(first.pid).resume()
+    _, errors = second.communicate(timeout=60)
     first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0), errors
     assert f"waiting: this very run is already under way, PID {first.pid} on {socket.gethostname()} since" in said

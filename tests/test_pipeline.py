@@ -21,6 +21,7 @@ OUTPUTS = [
     "metrics/train.json",
     "metrics/evaluate.json",
     "plots/history.csv",
+    "plots/validation.csv",
     "plots/positions.csv",
     "data/tokens/train.bin",
     "dvc.lock",

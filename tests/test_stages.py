@@ -79,6 +79,7 @@ def train():
         time.sleep(60)
     write(value("--checkpoint"), plan.get("weights", "weights"))
     write(value("--history"), "step,train_loss\n")
+    write(value("--validation"), "step,val_loss\n")
     figures = {"val_loss": 1.5, "train_loss": 1.4, "best_step": 10, "steps": 12, "parameters": 99}
     write(value("--metrics"), json.dumps(figures))
 
@@ -132,7 +133,8 @@ class Workspace:
         )
 
     def train(self, *more: str, **plan: object) -> "subprocess.Popen[str]":
-        names = ("--checkpoint", "w.pt", "--metrics", "m/train.json", "--history", "plots/history.csv")
+        names = ["--checkpoint", "w.pt", "--metrics", "m/train.json", "--history", "plots/history.csv"]
+        names += ["--validation", "plots/validation.csv"]
         words = ("train", "--params", "params.yaml", "--tokens", "tokens", *names)
         return self.start("train", "python", "child.py", *words, *more, **plan)
 
@@ -337,6 +339,7 @@ def test_the_artifacts_of_a_trained_model(done: Workspace) -> None:
         "w.pt": "weights",
         "params.yaml": PARAMS,
         "history.csv": "step,train_loss\n",
+        "validation.csv": "step,val_loss\n",
         "train.json": (done.folder / "m/train.json").read_text(),
         "evaluate.json": '{"loss": 1.25, "characters": 7}',
         "positions.csv": "position,loss\n1,2\n",
@@ -481,6 +484,7 @@ def test_a_server_that_is_down_costs_a_line_and_sync_publishes_later(place: Work
         "params.yaml",
         "positions.csv",
         "train.json",
+        "validation.csv",
         "w.pt",
     ]
     assert len(row["history"]) == 12

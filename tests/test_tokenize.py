@@ -31,7 +31,7 @@ def test_unknown_characters_are_listed() -> None:
 
 
 def test_the_splits_are_the_text_in_order(tmp_path: Path) -> None:
-    text = made_up_text(200_000) + "é\r\n🙂"  # more than one piece; line ends and wide characters survive
+    text = made_up_text(300_000) + "é\r\n🙂"  # more than one piece; line ends and wide characters survive
     (tmp_path / "text.txt").write_text(text, encoding="utf-8", newline="")
     meta = tokenize(params=PARAMS, corpus=tmp_path / "text.txt", out=tmp_path / "tokens")
     data = load_tokens(tmp_path / "tokens", block_size=8)

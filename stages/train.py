@@ -33,18 +33,23 @@ def main(command: list[str]) -> int:
     params_file, changes = launch.option(command, "--params"), launch.options(command, "--set", "-S")
     params = read_params(params_file, changes)
     wished = check_section(params_file, "launch", LaunchParams, params)
-    processes = _processes(wished, params.get("train") or {})
+    environment = launch.training_environment(_processes(wished, params.get("train") or {}))
     key = run_key(params_file, launch.option(command, "--tokens"), changes)
+    command = launch.with_option(command, "--timeout", wished.timeout)
+    if launch.nodes() > 1:
+        print(
+            f"stages.train: type this on the other machines, each with its own --node-rank (1 to {launch.nodes() - 1}):"
+        )
+        print(launch.line_for_other_nodes(command, environment), flush=True)
     command = launch.with_option(command, "--run-dir", root / ".runs" / key)
     command = launch.with_option(command, "--log-file", root / "gpt_nano.log")
-    command = launch.with_option(command, "--timeout", wished.timeout)
     training = _Training(command, root, began)
     code = launch.run(
         command,
         stage="train",
         about=training.run.name,
         log_file=training.log_file,
-        environment=launch.training_environment(processes),
+        environment=environment,
         meanwhile=training.follow,
     )
     training.end(code)
@@ -136,7 +141,8 @@ def _processes(wished: LaunchParams, train: dict[str, Any]) -> int:
     shards = train.get("shards")
     if not isinstance(shards, int) or shards < 1:
         return 1
-    processes, idle = choose_processes(wished.processes, shards=shards, gpus=gpus, cores=usable_cores())
+    share = max(1, shards // launch.nodes())
+    processes, idle = choose_processes(wished.processes, shards=share, gpus=gpus, cores=usable_cores())
     if idle and "PET_NPROC_PER_NODE" not in os.environ:
         print(f"stages.train: {idle}", flush=True)
     return processes

@@ -203,14 +203,14 @@ def history_reaches(folder: Path, step: int, process: "subprocess.Popen[str]") -
     raise AssertionError(f"step {step} was never reached")
 
 
-@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize(("processes", "kills_after"), [(0, [10, 40, 70]), (2, [20, 60])])
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
-    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], processes: int
+    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], processes: int, kills_after: list[int]
 ) -> None:
     """From no torchrun at all to two processes; each kill at a random moment after some more steps."""
     folder = prepare(tmp_path / "killed")
     chance = random.Random(processes)
-    for step in (10, 30, 50, 70):
+    for step in kills_after:
         running = start(folder, processes, tokens)
         history_reaches(folder, step, running)
         time.sleep(chance.random() * 0.2)

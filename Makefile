@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 INSTALL = python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test chaos ui clean lock pictures
+.PHONY: help repro test proof chaos ui clean lock pictures
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -14,7 +14,10 @@ repro: $(VENV)/checked ## Install, check params.yaml, run the pipeline: from not
 	dvc repro
 
 test: $(VENV)/test ## Install with the test extras and run the tests
-	python -m pytest
+	python -m pytest -m "not proof"
+
+proof: $(VENV)/test ## Run the tests that take longer
+	python -m pytest -m proof
 
 chaos: $(VENV)/test ## Kill the pipeline 200 times at random and compare what it leaves (half an hour and more)
 	python -m tests.chaos --kills 200

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from gpt.files import sha256_file
 from gpt.params import read_params
+from gpt.web import shown
 from stages import launch, log, record
 from stages.history import Follower
 from stages.record import Record
@@ -158,8 +159,12 @@ def follow_up(
 def settings(command: list[str], *sections: str) -> dict[str, str]:
     """Sections of the params file that a command was given, its `--set` applied, flat and as text."""
     files = launch.options(command, "--params")
-    changes = launch.options(command, "--set", "-S")
-    return record.flatten(read_params(Path(files[-1]), changes), sections) if files else {}
+    if not files:
+        return {}
+    params = read_params(Path(files[-1]), launch.options(command, "--set", "-S"))
+    if isinstance(params.get("download"), dict) and isinstance(sources := params["download"].get("sources"), list):
+        params["download"]["sources"] = [shown(str(source)) for source in sources]  # without passwords
+    return record.flatten(params, sections)
 
 
 def _record(stage: str, command: list[str], began: float, sha256: str, metrics: Mapping[str, float]) -> Record:

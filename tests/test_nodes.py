@@ -94,6 +94,7 @@ def test_two_machines_give_the_bytes_of_one_process(hosts: None, tmp_path: Path,
     assert {path.name for path in (tmp_path / "node1").iterdir()} == {"params.yaml", "tokens", "said.txt"}
 
 
+@pytest.mark.proof
 def test_a_cut_cable_ends_both(hosts: None, tmp_path: Path, tokens: Path) -> None:
     nodes = start_both(tmp_path, tokens, train__max_steps=100_000, train__eval_interval=50)
     wait_for(tmp_path / "node0", "step 50/")
@@ -107,6 +108,7 @@ def test_a_cut_cable_ends_both(hosts: None, tmp_path: Path, tokens: Path) -> Non
     assert [process for process in psutil.process_iter(["cwd"]) if str(tmp_path) in str(process.info["cwd"])] == []
 
 
+@pytest.mark.proof
 def test_other_tokens_on_the_other_machine_are_refused(hosts: None, tmp_path: Path, tokens: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tokens, other)

@@ -353,7 +353,7 @@ def test_the_child_is_told_where_and_how(done: Workspace) -> None:
     ended(done.train(exit=2, say="gpt train: no"), 2)
     assert done.rows() == before, "a run that was refused leaves the row of an earlier one as it is"
     child = done.child()
-    end = ["--run-dir", str(done.run), "--log-file", str(done.folder / "gpt_nano.log"), "--timeout", "77"]
+    end = ["--timeout", "77", "--run-dir", str(done.run), "--log-file", str(done.folder / "gpt_nano.log")]
     assert child["argv"][-6:] == end
     assert child["env"]["OMP_NUM_THREADS"] == "1"
     assert child["env"]["PET_STANDALONE"] == "1"

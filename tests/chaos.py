@@ -23,6 +23,7 @@ from tests.test_pipeline import clone, set_processes
 
 OUTPUTS = ["chargpt_nano.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv", "dvc.lock"]
 ORPHANS_GONE_S = 10
+STEPS = 250
 TARGETS = ("everything", "dvc", "wrapper", "torchrun", "rank")
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     """Kill, compare, and print the sums; exits with 1 when one ending differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--kills-a-round", type=int, default=5)
+    parser.add_argument("--kills-a-round", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     chance = random.Random(options.seed)
@@ -60,7 +61,7 @@ def prepare(folder: Path) -> tuple[Path, dict[str, bytes], float]:
         project / "params.yaml",
         download__sources=[str(corpus)],
         download__sha256=None,
-        train__max_steps=400,
+        train__max_steps=STEPS,
         train__eval_interval=40,
         train__save_interval=10,
         model__dropout=0.1,
@@ -158,7 +159,7 @@ def row_is_whole(project: Path) -> bool:
     if len(rows) != 1 or rows[0].info.status != "FINISHED":
         return False
     steps = [metric.step for metric in client.get_metric_history(rows[0].info.run_id, "train_loss")]
-    return sorted(steps) == list(range(10, 401, 10))
+    return sorted(steps) == list(range(10, STEPS + 1, 10))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from stages.record import is_held, prune
 
 REPOSITORY = Path(__file__).parents[1]
 PARAMS = """\
-download: {sources: [here], sha256: null}
+download: {sources: [here, "https://user:secret@host/text?key=1"], sha256: null}
 tokenize: {kind: char, train_fraction: 0.9}
 model: {n_layer: 1}
 train: {shards: 2, device: cpu, seed: 1}
@@ -307,7 +307,7 @@ def test_the_row_of_a_trained_model(done: Workspace) -> None:
     assert expected.items() <= row["tags"].items()
     assert row["params"] == {
         "download.sha256": "null",
-        "download.sources": '["here"]',
+        "download.sources": '["here","https://host/text?…"]',
         "model.n_layer": "1",
         "tokenize.kind": "char",
         "tokenize.train_fraction": "0.9",

@@ -36,23 +36,7 @@ def tokenize(*, params: TokenizeParams, corpus: Path, out: Path) -> Meta:
 
     """
     prepare_output(out / "meta.json")
-    digest = hashlib.sha256()
-    characters = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal characters
-        for piece in _pieces(corpus, digest):
-            characters += len(piece)
-            yield piece
-
-    tokenizer = CharTokenizer.of_text(counted())
-    if characters == 0:
-        raise UserError(f"{corpus}: expected a text to learn from, found an empty file; put the text there")
-    if tokenizer.vocab_size == 1:
-        raise UserError(
-            f"{corpus}: expected at least two different characters, found {tokenizer.vocabulary!r} {characters:,} "
-            "times; there is nothing to learn in it: choose another text"
-        )
+    tokenizer, characters, corpus_sha256 = _survey(corpus)
     train_characters = int(characters * params.train_fraction)
     if not 0 < train_characters < characters:
         raise UserError(
@@ -67,7 +51,7 @@ def tokenize(*, params: TokenizeParams, corpus: Path, out: Path) -> Meta:
         val_tokens=characters - train_characters,
         train_characters=train_characters,
         val_characters=characters - train_characters,
-        corpus_sha256=digest.hexdigest(),
+        corpus_sha256=corpus_sha256,
     )
     _write_splits(tokenizer, _pieces(corpus, hashlib.sha256()), out, meta)
     write_json(out / "tokenizer.json", tokenizer.to_json())
@@ -89,6 +73,28 @@ def command(
             f"{meta.vocab_size} symbols; {meta.train_tokens:,} tokens to train on, "
             f"{meta.val_tokens:,} to validate on -> {out}"
         )
+
+
+def _survey(corpus: Path) -> tuple[CharTokenizer, int, str]:
+    """Go through the text once: the tokenizer of its vocabulary, its length in characters, its SHA-256."""
+    digest = hashlib.sha256()
+    characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal characters
+        for piece in _pieces(corpus, digest):
+            characters += len(piece)
+            yield piece
+
+    tokenizer = CharTokenizer.of_text(counted())
+    if characters == 0:
+        raise UserError(f"{corpus}: expected a text to learn from, found an empty file; put the text there")
+    if tokenizer.vocab_size == 1:
+        raise UserError(
+            f"{corpus}: expected at least two different characters, found {tokenizer.vocabulary!r} {characters:,} "
+            "times; there is nothing to learn in it: choose another text"
+        )
+    return tokenizer, characters, digest.hexdigest()
 
 
 def _pieces(corpus: Path, digest: "hashlib._Hash") -> Iterator[str]:

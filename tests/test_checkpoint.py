@@ -49,7 +49,7 @@ def test_torch_load_reads_it_as_well(saved: Path) -> None:
 def test_every_truncation_is_refused(saved: Path, tmp_path: Path) -> None:
     whole = saved.read_bytes()
     path = tmp_path / "cut.pt"
-    for length in [*range(0, len(whole), 97), *range(len(whole) - 90, len(whole))]:
+    for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"cut\.pt"):
             load_checkpoint(path)
@@ -59,7 +59,7 @@ def test_flipped_bits_are_refused(saved: Path, tmp_path: Path) -> None:
     whole = saved.read_bytes()
     chance = random.Random(0)
     path = tmp_path / "flipped.pt"
-    for place in [chance.randrange(len(whole) * 8) for _ in range(300)]:
+    for place in [chance.randrange(len(whole) * 8) for _ in range(1000)]:
         broken = bytearray(whole)
         broken[place // 8] ^= 1 << place % 8
         path.write_bytes(broken)

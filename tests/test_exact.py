@@ -1,5 +1,6 @@
 """One content, one bit pattern: whatever is killed, and on however many processes, the same bytes come out."""
 
+import os
 import random
 import resource
 import signal
@@ -259,6 +260,39 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(
     assert "stopped after step" in only_line(errors)
     step = int(only_line(errors).split("step ")[1].split()[0])
     assert (folder / "run" / f"resume-{step:09d}.pt").exists()
+    assert finish(folder, 0, tokens) == uninterrupted
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_wrapper_passes_the_stop_on_and_ends_with_its_code(
+    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], number: signal.Signals
+) -> None:
+    """With two ranks under torchrun, which hides their code; Ctrl-C reaches the whole group, SIGTERM the wrapper."""
+    folder = prepare(tmp_path / "wrapped")
+    inner = [word for word in line(tokens) if word not in ("--run-dir", "run")]
+    command = [sys.executable, "-m", "stages.train", TORCHRUN, *inner]
+    variables = environment(PET_NPROC_PER_NODE="2", MLFLOW_TRACKING_URI="")
+    running = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=variables,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 60
+    while not list(folder.glob(".runs/*/history.jsonl")) and time.monotonic() < end:
+        time.sleep(0.01)
+    (history,) = folder.glob(".runs/*/history.jsonl")
+    (folder / "run").symlink_to(history.parent)
+    history_reaches(folder, 20, running)
+    os.killpg(running.pid, number) if number == signal.SIGINT else running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 75, errors
+    assert "gpt train: stopped after step" in errors
+    assert "Traceback" not in errors
     assert finish(folder, 0, tokens) == uninterrupted
 
 

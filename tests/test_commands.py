@@ -74,11 +74,11 @@ def test_evaluate_repeats_the_training_figure(gpt: RunGpt, trained: Path, tokens
 
 def test_generate_prints_as_it_comes(gpt: RunGpt, trained: Path) -> None:
     line = ["generate", "--checkpoint", trained / "model.pt", "--prompt", "the ", "--max-new-tokens", "40"]
-    first, again, other = gpt(*line, "--seed", "1"), gpt(*line, "--seed", "1"), gpt(*line, "--seed", "2")
+    first, again = gpt(*line, "--seed", "1"), gpt(*line, "--seed", "1")
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("the ")
     assert len(first.stdout) == len("the ") + 40 + len("\n")
-    assert first.stdout == again.stdout != other.stdout
+    assert first.stdout == again.stdout
 
 
 def test_generate_into_a_file_names_what_made_it(gpt: RunGpt, trained: Path, tmp_path: Path) -> None:

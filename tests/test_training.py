@@ -10,7 +10,7 @@ from torch import nn
 from gpt.distributed import Group, ShardedModel, joined
 from gpt.errors import UserError
 from gpt.history import read_records
-from gpt.model import GPT, ModelParams
+from gpt.model import GPT, ModelParams, next_token_loss
 from gpt.optimizer import learning_rate_at, make_optimizer
 from gpt.params import check_section
 from gpt.run_folder import RunFolder
@@ -132,3 +132,25 @@ def test_seeds_of_neighbours_are_unrelated() -> None:
     seeds = {seed_of(seed, step, shard) for seed in range(3) for step in range(50) for shard in range(4)}
     assert len(seeds) == 600
     assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_the_bits_do_not_depend_on_ddps_buckets(data: TokenData) -> None:
+    """One bucket for all parameters, or one for almost every parameter, rebuilt by DDP after its first pass."""
+    torch.manual_seed(0)
+    model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0), data.meta.vocab_size)
+    tokens_BT = torch.randint(data.meta.vocab_size, (8, 9))
+
+    def loss(part: nn.Module, shard: int) -> torch.Tensor:
+        return next_token_loss(
+            part(tokens_BT[2 * shard : 2 * shard + 2, :-1]), tokens_BT[2 * shard : 2 * shard + 2, 1:]
+        )
+
+    found = []
+    for bucket_mb in (25, 0.0005):
+        with joined(CPU, timeout_s=30) as group:
+            sharded = ShardedModel(model, group, 4, bucket_mb=bucket_mb)
+            for _ in range(3):
+                sharded.backward(loss)
+        found.append([weight.grad.clone() for weight in model.parameters() if weight.grad is not None])
+    assert len(found[0]) == len(list(model.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

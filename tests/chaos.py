@@ -84,6 +84,8 @@ def one_round(
     shutil.rmtree(project / ".dvc" / "cache" / "runs", ignore_errors=True)  # or dvc would not train again
     shutil.rmtree(project / ".runs")
     shutil.rmtree(project / "mlruns", ignore_errors=True)
+    # dvc writes this list of who uses what in place; the dead stay in it, and when it is long a kill can cut it short.
+    (project / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
     for path in [*project.glob("mlflow.db*"), *(project / name for name in OUTPUTS[:-1]), project / "gpt_nano.log"]:
         path.unlink(missing_ok=True)
     killed: Counter[str] = Counter()
@@ -97,7 +99,8 @@ def one_round(
             break  # it came to its end before
         killed[target] += 1
     last = repro(project, "train").wait()
-    log = (project / "gpt_nano.log").read_text()
+    log_file = project / "gpt_nano.log"
+    log = log_file.read_text() if log_file.exists() else ""
     same = last == 0 and contents(project) == whole and row_is_whole(project)
     if not same:
         kept = Path(tempfile.mkdtemp(prefix="chargpt-chaos-failed-"))

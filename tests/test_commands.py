@@ -179,19 +179,6 @@ def test_a_checkpoint_of_another_text_is_refused(gpt: RunGpt, trained: Path, tmp
     assert not (tmp_path / "m.json").exists()
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_processes(trained: Path, tokens: Path, tmp_path: Path) -> None:
-    """Nor on torchrun, nor on the folder, with dropout on."""
-    write_params(tmp_path / "params.yaml", train__max_steps=6, train__eval_interval=3, model__dropout=0.2)
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
-    found = set()
-    for launcher in ([sys.executable], [torchrun, "--standalone", "--nproc-per-node=2"]):
-        line = [*launcher, "-m", "gpt", *train_line(tokens)]
-        subprocess.run(line, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"), check=True, capture_output=True)
-        names = ("model.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv")
-        found.add(tuple((tmp_path / name).read_bytes() for name in names))
-    assert len(found) == 1
-
-
 def test_the_commands_work_without_the_rest_of_the_project(trained: Path, tmp_path: Path) -> None:
     """`gpt` is whole without `stages`, DVC and MLflow."""
     subprocess.run(["cp", "-r", ROOT / "gpt", tmp_path], check=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from gpt.errors import UserError
@@ -63,11 +62,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         params = ModelParams.model_validate(metadata["model"])
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
         weights, about = tensors["weights"], metadata["about"]
-    except (KeyError, ValidationError) as error:
-        raise UserError(f"{path}: expected a trained model, found no valid {error}; train again") from None
-    with torch.device("meta"):
-        expected = GPT(params, tokenizer.vocab_size).state_dict()
-    if difference := _difference(expected, weights):
+        with torch.device("meta"):
+            expected = GPT(params, tokenizer.vocab_size).state_dict()
+        difference = _difference(expected, weights)
+    except (KeyError, TypeError, AttributeError, ValueError, UserError) as error:
+        reason = "; ".join(str(error).splitlines())
+        raise UserError(f"{path}: expected a trained model, found no valid {reason}; train again") from None
+    if difference:
         raise UserError(f"{path}: weights do not fit the model that the file describes: {difference}; train again")
     return Checkpoint(params, tokenizer, weights, about)
 
@@ -112,9 +113,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: expected plain tensors, found something that was not loaded ({reason})") from None
-    if not isinstance(loaded, dict) or loaded.pop("format", None) != FORMAT:
-        raise UserError(f"{path}: expected a checkpoint of format {FORMAT}, found another; train again")
-    return json.loads(loaded.pop("metadata")), loaded
+    version = loaded.pop("format", None) if isinstance(loaded, dict) else None
+    if version != FORMAT:
+        raise UserError(f"{path}: expected a checkpoint of format {FORMAT}, found {version or 'none'}; train again")
+    try:
+        return json.loads(loaded.pop("metadata")), loaded
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: expected metadata as JSON, found none; train again") from None
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

@@ -79,7 +79,7 @@ class Pulse:
                     os.kill(pid, signal.SIGKILL)
         names = ", ".join(f"rank {rank} (PID {pid} on {host})" for rank, (_, host, pid) in behind.items())
         missing = names or f"a rank other than {self._rank}"
-        return f"expected an answer of every rank within {timeout_s} s, found none of {missing}; run again to continue"
+        return f"{missing} died, or did not answer within {timeout_s} s; run again to continue"
 
     def _report(self) -> None:
         self._store.set(f"pulse {self._rank}", f"{self._count} {socket.gethostname()} {os.getpid()}")

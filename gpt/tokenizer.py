@@ -72,7 +72,10 @@ def tokenizer_from_json(value: Any) -> CharTokenizer:
     """
     if not isinstance(value, dict) or value.get("kind") != "char" or not isinstance(value.get("vocabulary"), str):
         raise UserError("tokenizer: expected kind 'char' with its vocabulary, found something else; tokenize again")
-    return CharTokenizer(value["vocabulary"])
+    vocabulary = value["vocabulary"]
+    if not vocabulary or list(vocabulary) != sorted(set(vocabulary)):
+        raise UserError("tokenizer: expected distinct characters in order, found others; tokenize again")
+    return CharTokenizer(vocabulary)
 
 
 def _code_points(text: str) -> Tokens:

@@ -94,14 +94,25 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     assert proof.exists()
 
 
+def described(model: dict[str, object], tokenizer: dict[str, object]) -> bytes:
+    """A checkpoint that describes itself wrongly."""
+    metadata = {"model": PARAMS.model_dump() | model, "tokenizer": TOKENIZER.to_json() | tokenizer, "about": {}}
+    return sealed({"format": FORMAT, "metadata": canonical_json(metadata), "weights": {}})
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.pt"
     for content, expected in [
         (b"", "0 bytes without one"),
         (b"hello" * 100, "500 bytes without one"),
-        (sealed([1, 2]), "format 1, found another"),
-        (sealed({"format": 2, "metadata": "{}"}), "format 1, found another"),
-        (sealed({"format": 1, "metadata": "{}"}), "expected a trained model"),
+        (sealed([1, 2]), "format 1, found none"),
+        (sealed({"format": 2, "metadata": "{}"}), "format 1, found 2"),
+        (sealed({"format": 1}), "metadata as JSON, found none"),
+        (sealed({"format": 1, "metadata": "{"}), "metadata as JSON, found none"),
+        (sealed({"format": 1, "metadata": "[]"}), "expected a trained model"),
+        (sealed({"format": 1, "metadata": "{}"}), "expected a trained model, found no valid 'model'"),
+        (described({}, {"vocabulary": "\na\na"}), "expected a trained model"),
+        (described({"n_layer": "two"}, {}), "n_layer"),
     ]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=expected):

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
+from gpt.device import CPU_THREADS
 from gpt.token_files import TokenData, load_tokens
 from gpt.tokenize import TokenizeParams, tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew"]
+
+torch.set_num_threads(CPU_THREADS)  # as every command does
 
 RunGpt = Callable[..., "subprocess.CompletedProcess[str]"]
 

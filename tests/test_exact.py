@@ -25,7 +25,9 @@ from gpt.params import check_section
 from gpt.run_folder import RunFolder
 from gpt.token_files import TokenData
 from gpt.training import Trainer, TrainParams
+from tests import processes
 from tests.conftest import environment, only_line, small_params, write_params
+from tests.processes import Running
 
 CPU = torch.device("cpu")
 NAMES = ("model.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv")
@@ -126,34 +128,22 @@ def test_other_params_or_code_never_pick_up_a_state(data: TokenData, tmp_path: P
     assert folder.newest({"code": "other"}, print) is None
 
 
-# As processes: killed at random, and on several processes.
+# As processes: killed again and again, and on several of them.
 
 
 def line(tokens: Path, *more: str) -> list[str]:
     outputs = ["--checkpoint", "model.pt", "--metrics", "metrics/train.json", "--history", "plots/history.csv"]
     outputs += ["--validation", "plots/validation.csv"]
-    return [
-        "-m",
-        "gpt",
-        "train",
-        "--params",
-        "params.yaml",
-        "--tokens",
-        str(tokens),
-        *outputs,
-        "--run-dir",
-        "run",
-        *more,
-    ]
+    return ["train", "--params", "params.yaml", "--tokens", str(tokens), *outputs, "--run-dir", "run", *more]
 
 
-def launcher(processes: int) -> list[str]:
-    return [sys.executable] if processes == 0 else [TORCHRUN, "--standalone", f"--nproc-per-node={processes}"]
+def start(folder: Path, tokens: Path, *more: str, ranks: int = 1, killed_at: int | None = None) -> list[Running]:
+    return processes.start(folder, line(tokens, *more), ranks=ranks, killed_at=killed_at)
 
 
-def start(folder: Path, processes: int, tokens: Path, *more: str) -> "subprocess.Popen[str]":
+def through_torchrun(folder: Path, tokens: Path, ranks: int) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [*launcher(processes), *line(tokens, *more)],
+        [TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", "-m", "gpt", *line(tokens)],
         cwd=folder,
         env=environment(OMP_NUM_THREADS="1"),
         text=True,
@@ -162,10 +152,9 @@ def start(folder: Path, processes: int, tokens: Path, *more: str) -> "subprocess
     )
 
 
-def finish(folder: Path, processes: int, tokens: Path) -> dict[str, bytes]:
-    done = start(folder, processes, tokens)
-    said, errors = done.communicate(timeout=120)
-    assert done.returncode == 0, said + errors
+def finish(folder: Path, tokens: Path, ranks: int = 1) -> dict[str, bytes]:
+    for running in start(folder, tokens, ranks=ranks):
+        assert running.end() == (0, "")
     return contents(folder)
 
 
@@ -173,55 +162,72 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in NAMES}
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, **changes: object) -> Path:
     folder.mkdir(exist_ok=True)
-    write_params(
-        folder / "params.yaml",
-        train__max_steps=90,
-        train__save_interval=4,
-        train__eval_interval=15,
-        model__dropout=0.2,
-    )
+    small = {"train__max_steps": 90, "train__save_interval": 4, "train__eval_interval": 15, "model__dropout": 0.2}
+    write_params(folder / "params.yaml", **{**small, **changes})
     return folder
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str, bytes]:
-    """What the run leaves when nobody disturbs it; four processes, which two cores share."""
-    return finish(prepare(tmp_path_factory.mktemp("uninterrupted")), 4, tokens)
+    """What the run leaves when nobody disturbs it; four processes of torchrun's, which two cores share."""
+    folder = prepare(tmp_path_factory.mktemp("uninterrupted"))
+    done = through_torchrun(folder, tokens, 4)
+    said, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, said + errors
+    return contents(folder)
 
 
-def ranks_of(process: "subprocess.Popen[str]", processes: int) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children() if processes else [psutil.Process(process.pid)]
-
-
-def history_reaches(folder: Path, step: int, process: "subprocess.Popen[str]") -> None:
+def history_reaches(folder: Path, step: int, poll: Callable[[], int | None]) -> None:
     end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and poll() is None:
         if any(record.step >= step for record in read_records(folder / "run" / "history.jsonl")):
             return
         time.sleep(0.002)
     raise AssertionError(f"step {step} was never reached")
 
 
-@pytest.mark.parametrize(("processes", "kills_after"), [(0, [10, 40, 70]), (2, [40])])
-def test_killed_again_and_again_it_ends_with_the_same_bytes(
-    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], processes: int, kills_after: list[int]
+FILE_OPERATIONS = 47  # of the short run below
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [range(3, FILE_OPERATIONS, 4), pytest.param(range(FILE_OPERATIONS), marks=pytest.mark.proof)],
+    ids=["some", "all"],
+)
+def test_killed_before_any_file_operation_it_ends_with_the_same_bytes(
+    tmp_path: Path, tokens: Path, moments: range
 ) -> None:
-    """From no torchrun at all to two processes; each kill at a random moment after some more steps."""
+    """Before, within and after every save, every line of the history and every final write."""
+    short = {"train__max_steps": 16, "train__eval_interval": 8, "train__log_interval": 4}
+    whole = finish(prepare(tmp_path / "whole", **short), tokens)
+    assert len((tmp_path / "whole" / "operations.txt").read_text().splitlines()) == FILE_OPERATIONS
+    for moment in moments:
+        folder = prepare(tmp_path / str(moment), **short)
+        (running,) = start(folder, tokens, killed_at=moment)
+        assert running.end()[0] == -signal.SIGKILL
+        assert finish(folder, tokens) == whole, moment
+        assert list((folder / "run").glob("resume-*")) == []
+
+
+@pytest.mark.parametrize(("ranks", "kills_after"), [(1, [10, 40, 70]), (2, [10, 50])])
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], ranks: int, kills_after: list[int]
+) -> None:
+    """Each kill at a random moment after some more steps."""
     folder = prepare(tmp_path / "killed")
-    chance = random.Random(processes)
+    chance = random.Random(ranks)
     for step in kills_after:
-        running = start(folder, processes, tokens)
-        history_reaches(folder, step, running)
+        running = start(folder, tokens, ranks=ranks)
+        history_reaches(folder, step, running[0].poll)
         time.sleep(chance.random() * 0.2)
-        everyone = [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]
-        for process in everyone:
-            process.kill()
-        running.communicate()
-        psutil.wait_procs(everyone, timeout=5)
+        for rank in running:
+            rank.signal(signal.SIGKILL)
+        for rank in running:
+            rank.end()
         assert not (folder / "model.pt").exists() or contents(folder) == uninterrupted
-    assert finish(folder, processes, tokens) == uninterrupted
+    assert finish(folder, tokens, ranks) == uninterrupted
     assert list((folder / "run").glob("resume-*.pt")) == []
     steps = [record.step for record in read_records(folder / "run" / "history.jsonl")]
     assert steps == sorted(set(steps))
@@ -230,37 +236,41 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
 def test_started_with_2_killed_and_finished_with_1(
     tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes]
 ) -> None:
-    """SIGKILL of one rank ends the job; SIGKILL of torchrun takes its ranks along; then one process finishes it."""
+    """SIGKILL of one rank ends the job, which names it; SIGKILL of torchrun takes its ranks along."""
     folder = prepare(tmp_path / "killed")
-    running = start(folder, 2, tokens)
-    history_reaches(folder, 10, running)
-    ranks_of(running, 2)[1].kill()
-    running.communicate(timeout=30)
-    assert running.returncode != 0
-    running = start(folder, 2, tokens)
-    history_reaches(folder, 40, running)
-    ranks = ranks_of(running, 2)
-    running.kill()
-    running.communicate(timeout=30)
-    _, alive = psutil.wait_procs(ranks, timeout=3)
+    ranks = start(folder, tokens, ranks=2)
+    history_reaches(folder, 10, ranks[0].poll)
+    ranks[1].signal(signal.SIGKILL)
+    code, errors = ranks[0].end(30)
+    assert code == 1
+    assert f"rank 1 (PID {ranks[1].pid} on {socket.gethostname()}) died" in only_line(errors)
+    torchrun = through_torchrun(folder, tokens, 2)
+    history_reaches(folder, 40, torchrun.poll)
+    workers = psutil.Process(torchrun.pid).children()
+    torchrun.kill()
+    torchrun.communicate(timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=3)
     assert alive == []
-    assert finish(folder, 0, tokens) == uninterrupted
+    assert finish(folder, tokens) == uninterrupted
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(
-    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], number: signal.Signals
+    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], number: signal.Signals, ranks: int
 ) -> None:
+    """It is enough that one rank hears it."""
     folder = prepare(tmp_path / "stopped")
-    running = start(folder, 0, tokens)
-    history_reaches(folder, 20, running)
-    running.send_signal(number)
-    _, errors = running.communicate(timeout=30)
-    assert running.returncode == 75
-    assert "stopped after step" in only_line(errors)
-    step = int(only_line(errors).split("step ")[1].split()[0])
-    assert (folder / "run" / f"resume-{step:09d}.pt").exists()
-    assert finish(folder, 0, tokens) == uninterrupted
+    running = start(folder, tokens, ranks=ranks)
+    history_reaches(folder, 20, running[0].poll)
+    running[-1].signal(number)
+    ends = [rank.end(30) for rank in running]
+    assert [code for code, _ in ends] == [75] * ranks
+    said = set(ends[0][1].splitlines())
+    assert len(said) == 1
+    assert "stopped after step" in said.pop()
+    assert list((folder / "run").glob("resume-*.pt"))
+    assert finish(folder, tokens) == uninterrupted
 
 
 @pytest.mark.proof
@@ -271,7 +281,7 @@ def test_the_wrapper_passes_the_stop_on_and_ends_with_its_code(
     """With two ranks under torchrun, which hides their code; Ctrl-C reaches the whole group, SIGTERM the wrapper."""
     folder = prepare(tmp_path / "wrapped")
     inner = [word for word in line(tokens) if word not in ("--run-dir", "run")]
-    command = [sys.executable, "-m", "stages.train", TORCHRUN, *inner]
+    command = [sys.executable, "-m", "stages.train", TORCHRUN, "-m", "gpt", *inner]
     variables = environment(PET_NPROC_PER_NODE="2", MLFLOW_TRACKING_URI="")
     running = subprocess.Popen(
         command,
@@ -287,44 +297,43 @@ def test_the_wrapper_passes_the_stop_on_and_ends_with_its_code(
         time.sleep(0.01)
     (history,) = folder.glob(".runs/*/history.jsonl")
     (folder / "run").symlink_to(history.parent)
-    history_reaches(folder, 20, running)
+    history_reaches(folder, 20, running.poll)
     os.killpg(running.pid, number) if number == signal.SIGINT else running.send_signal(number)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 75, errors
     assert "gpt train: stopped after step" in errors
     assert "Traceback" not in errors
-    assert finish(folder, 0, tokens) == uninterrupted
+    assert finish(folder, tokens) == uninterrupted
 
 
 def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path, tokens: Path) -> None:
     folder = prepare(tmp_path / "hangs")
-    running = start(folder, 2, tokens, "--timeout", "4")
-    history_reaches(folder, 10, running)
-    rank = ranks_of(running, 2)[1]
-    rank.suspend()
+    ranks = start(folder, tokens, "--timeout", "3", ranks=2)
+    history_reaches(folder, 10, ranks[0].poll)
+    ranks[1].signal(signal.SIGSTOP)
     began = time.monotonic()
-    _, errors = running.communicate(timeout=60)
-    assert time.monotonic() - began < 4 + 8
-    assert running.returncode != 0
-    assert f"(PID {rank.pid} on {socket.gethostname()})" in errors
-    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+    code, errors = ranks[0].end()
+    assert time.monotonic() - began < 3 + 8
+    assert code == 1
+    assert f"rank 1 (PID {ranks[1].pid} on {socket.gethostname()}) died, or did not answer within 3 s" in errors
+    assert ranks[1].end(5)[0] == -signal.SIGKILL
 
 
 def test_a_second_run_of_the_same_key_waits_and_says_for_whom(
     tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes]
 ) -> None:
     folder = prepare(tmp_path / "twice")
-    first = start(folder, 0, tokens)
-    history_reaches(folder, 10, first)
-    psutil.Process(first.pid).suspend()
-    second = start(folder, 0, tokens)
-    assert second.stdout
-    said = second.stdout.readline()
-    psutil.Process(first.pid).resume()
-    _, errors = second.communicate(timeout=60)
-    first.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 0), errors
-    assert f"waiting: this very run is already under way, PID {first.pid} on {socket.gethostname()} since" in said
+    (first,) = start(folder, tokens)
+    history_reaches(folder, 10, first.poll)
+    first.signal(signal.SIGSTOP)
+    (second,) = start(folder, tokens)
+    expected = f"waiting: this very run is already under way, PID {first.pid} on {socket.gethostname()} since"
+    end = time.monotonic() + 30
+    while expected not in second.said() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert expected in second.said()
+    first.signal(signal.SIGCONT)
+    assert [first.end()[0], second.end()[0]] == [0, 0]
     assert contents(folder) == uninterrupted
 
 
@@ -369,9 +378,9 @@ def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path, tokens: Path) ->
         pytest.skip(f"this user may not mount a file system: {mount.stderr.strip()}")
     try:
         folder = prepare(tmp_path / "work")
-        done = start(folder, 0, tokens, "--run-dir", str(disk / "run"))
-        _, errors = done.communicate(timeout=60)
-        assert done.returncode == 2
+        (running,) = start(folder, tokens, "--run-dir", str(disk / "run"))
+        code, errors = running.end()
+        assert code == 2
         assert "no space left on the device" in only_line(errors)
         assert str(disk) in only_line(errors)
         assert not (folder / "model.pt").exists()
@@ -384,9 +393,9 @@ def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path, tokens: Path) ->
 def test_a_read_only_folder_is_refused_before_training(tmp_path: Path, tokens: Path) -> None:
     folder = prepare(tmp_path / "work")
     (folder / "metrics").write_text("a file where a folder belongs")
-    done = start(folder, 0, tokens)
-    said, errors = done.communicate(timeout=60)
-    assert done.returncode == 2
+    (running,) = start(folder, tokens)
+    code, errors = running.end()
+    assert code == 2
     assert "metrics/train.json" in only_line(errors)
-    assert "step" not in said
+    assert "step" not in running.said()
     assert not (folder / "run" / "history.jsonl").exists()

@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 INSTALL = python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test proof chaos ui clean lock pictures
+.PHONY: help repro test proof chaos bench ui clean lock pictures
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -22,6 +22,10 @@ proof: $(VENV)/test ## Run the tests that take longer
 chaos: $(VENV)/test ## Kill the pipeline 200 times at random and compare what it leaves (half an hour and more)
 	python -m tests.chaos --kills 200
 
+bench: $(VENV)/pipeline ## Measure what equal bits on any number of processes cost beside plain DDP
+	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=1 -m benchmarks.sharding
+	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.sharding
+
 ui: $(VENV)/pipeline ## Compare the models in MLflow's UI on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
 		--host 127.0.0.1 --port 5000 --allowed-hosts localhost:5000,127.0.0.1:5000
@@ -29,7 +33,7 @@ ui: $(VENV)/pipeline ## Compare the models in MLflow's UI on http://127.0.0.1:50
 clean: ## Delete what can be made again: environment, outputs, caches; runs and experiments stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info data/tokens
 	rm -f data/shakespeare.txt chargpt_nano.pt generation_out.txt gpt_nano.log
-	find gpt stages tests -name __pycache__ -exec rm -rf {} +
+	find gpt stages benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 pictures: $(VENV)/pipeline ## Draw the pictures of the README from the pipeline's outputs
 	python docs/pictures.py

@@ -25,8 +25,8 @@ def run(*command: str) -> None:
 
 
 def test_ruff() -> None:
-    run("ruff", "check", "gpt", "stages", "tests")
-    run("ruff", "format", "--check", "gpt", "stages", "tests")
+    run("ruff", "check", "gpt", "stages", "benchmarks", "tests")
+    run("ruff", "format", "--check", "gpt", "stages", "benchmarks", "tests")
 
 
 def test_types() -> None:

@@ -1,0 +1,107 @@
+"""What equal bits on any number of processes cost: our sharded step beside plain DistributedDataParallel.
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.sharding
+
+Both do the same work (forward, backward, clipping, AdamW) on made-up tokens with the model of a params file. They take
+turns, a few steps each, so that a busy machine slows both; the ratio's median and quartiles are over the turns.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt.device import choose_device
+from gpt.distributed import Group, ShardedModel, joined
+from gpt.model import GPT, ModelParams, next_token_loss
+from gpt.optimizer import make_optimizer
+from gpt.params import read_section
+
+VOCABULARY = 65
+WARM_UP = 3  # turns that do not count
+
+
+def main(
+    params: Path = Path("params.yaml"),
+    batch_size: Annotated[int, typer.Option(help="Sequences a step, over all processes.")] = 8,
+    shards: Annotated[list[int] | None, typer.Option(help="Numbers of shards to try; repeatable.")] = None,
+    turns: int = 30,
+    steps: Annotated[int, typer.Option(help="Steps a turn.")] = 5,
+) -> None:
+    """Measure and print one line a number of shards."""
+    section = read_section(params, "model", ModelParams, [])
+    device = choose_device("cpu", "device")
+    with joined(device, timeout_s=120) as group:
+        for count in shards or [2, 4, 8]:
+            plain = plain_step(section, batch_size, group)
+            sharded = sharded_step(section, batch_size, group, count)
+            times = [(seconds(sharded, steps), seconds(plain, steps)) for _ in range(WARM_UP + turns)][WARM_UP:]
+            low, ratio, high = statistics.quantiles((ours / theirs for ours, theirs in times), n=4)
+            if group.first:
+                ours, theirs = (1000 * statistics.median(each) for each in zip(*times, strict=True))
+                print(
+                    f"{group.size} process(es), batch {batch_size}, {count} shards: {ours:.1f} ms a step, plain DDP "
+                    f"{theirs:.1f} ms; ratio {ratio:.3f} ({low:.3f} to {high:.3f})"
+                )
+
+
+def plain_step(params: ModelParams, batch_size: int, group: Group) -> Callable[[], None]:
+    """A step as PyTorch's manual does it: each process its part of the batch at once."""
+    model = GPT(params, VOCABULARY)
+    ddp = DistributedDataParallel(model)
+    finish = finishing(model)
+
+    def step() -> None:
+        ddp.zero_grad(set_to_none=True)
+        loss_of(ddp, params, batch_size // group.size).backward()  # type: ignore[no-untyped-call]
+        finish()
+
+    return step
+
+
+def sharded_step(params: ModelParams, batch_size: int, group: Group, shards: int) -> Callable[[], None]:
+    """A step as training does it."""
+    model = GPT(params, VOCABULARY)
+    sharded = ShardedModel(model, group, shards)
+    finish = finishing(model)
+
+    def step() -> None:
+        sharded.backward(lambda given, _shard: loss_of(given, params, batch_size // shards))
+        finish()
+
+    return step
+
+
+def finishing(model: GPT) -> Callable[[], None]:
+    """Clipping and the optimizer."""
+    optimizer = make_optimizer(model, learning_rate=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.1)
+
+    def finish() -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return finish
+
+
+def loss_of(model: nn.Module, params: ModelParams, count: int) -> torch.Tensor:
+    """The loss on made-up tokens."""
+    tokens_BT = torch.randint(VOCABULARY, (count, params.block_size))
+    return next_token_loss(model(tokens_BT), tokens_BT)
+
+
+def seconds(step: Callable[[], None], steps: int) -> float:
+    """How long a step takes, over some of them."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - began) / steps
+
+
+if __name__ == "__main__":
+    typer.run(main)

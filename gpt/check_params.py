@@ -31,7 +31,6 @@ def check_params(path: Path) -> dict[str, Section]:
 
     Raises:
         UserError: the first thing in the file that is not as it should be.
-
     """
     params = read_params(path)
     for name in params:

@@ -55,7 +55,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         UserError: the file is missing, damaged, of another format, or its weights do not fit its own description.
-
     """
     metadata, tensors = read_tensors(path)
     try:
@@ -88,7 +87,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         UserError: the file is missing, is none of ours, is damaged, or holds more than plain tensors.
-
     """
     try:
         data = path.read_bytes()

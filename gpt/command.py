@@ -35,7 +35,6 @@ def logging_to(path: Path, verb: str, about: str = "") -> Iterator[None]:
     Args:
         about: what the command works on (the head of a run's key, of a checkpoint's SHA-256). It stands in brackets
             behind the verb in every line, so that `grep 'train\[1a2b3c4d\]'` finds all of one run and nothing else.
-
     """
     name = f"{verb}[{about}]" if about else verb
     with naming_the_file(path):

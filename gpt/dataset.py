@@ -11,7 +11,6 @@ def random_windows(split: Split, *, count: int, block_size: int) -> tuple[torch.
 
     Returns:
         Inputs and targets, each of shape (count, block_size), int64: the target of a token is the token after it.
-
     """
     starts = torch.randint(len(split) - block_size, (count,)).numpy()
     windows = torch.from_numpy(split[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
@@ -26,7 +25,6 @@ def covering_windows(data: TokenData, *, block_size: int, batch_size: int) -> li
     Returns:
         Batches of inputs and targets, each of shape (≤ batch_size, ≤ block_size): full blocks in order, then, in a
         batch of its own, the shorter rest.
-
     """
     stream = torch.from_numpy(np.concatenate([data.train[-1:], data.val]).astype(np.int64))
     inputs, targets = stream[:-1], stream[1:]

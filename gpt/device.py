@@ -17,7 +17,6 @@ def choose_device(wish: str, key: str) -> torch.device:
 
     Raises:
         UserError: a GPU is demanded and none is there.
-
     """
     has_gpu = torch.cuda.is_available()
     if wish == "cuda" and not has_gpu:

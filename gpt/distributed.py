@@ -157,7 +157,6 @@ def joined(device: torch.device, *, timeout_s: int, before: Callable[[], None] =
 
     Raises:
         LostRankError: another rank died or hangs.
-
     """
     die_with_torchrun()
     rank, size = rank_of_environment(), int(os.environ.get("WORLD_SIZE", "1"))
@@ -217,7 +216,6 @@ class ShardedModel:
 
         Returns:
             The losses of this rank's shards, in their order.
-
         """
         losses = []
         mine = self._group.shards_of_rank(self._shards)

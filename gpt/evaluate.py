@@ -34,7 +34,6 @@ def evaluate(
 
     Returns:
         The figures (losses in nats a token) and the table of the mean loss by position in the context.
-
     """
     device = choose_device(params.device, "evaluate.device")
     windows = covering_windows(data, block_size=checkpoint.model.block_size, batch_size=params.batch_size)

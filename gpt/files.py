@@ -36,7 +36,6 @@ def read_json(path: Path) -> Any:
 
     Raises:
         UserError: the file is missing or is no JSON.
-
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -53,7 +52,6 @@ def prepare_output(path: Path) -> None:
 
     Raises:
         UserError: the folder cannot be made or written.
-
     """
     with naming_the_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +69,6 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file is untouched.
-
     """
     temporary = _temporary_name(path)
     with naming_the_file(path):

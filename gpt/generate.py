@@ -33,7 +33,6 @@ def texts(checkpoint: Checkpoint, params: GenerateParams) -> Iterator[tuple[str,
 
     Raises:
         UserError: a prompt holds characters that the model does not know.
-
     """
     torch.set_num_threads(CPU_THREADS)  # no GPU: one token at a time is too little work for it, and its bits differ
     model, tokenizer = checkpoint.build(), checkpoint.tokenizer

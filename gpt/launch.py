@@ -41,7 +41,6 @@ def choose_processes(asked: Literal["auto"] | int, *, shards: int, gpus: int, co
 
     Raises:
         UserError: a fixed number is above the shards.
-
     """
     if asked != "auto" and asked > shards:
         raise UserError(

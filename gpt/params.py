@@ -31,7 +31,6 @@ def read_section(path: Path, name: str, section: type[S], changes: Sequence[str]
 
     Raises:
         UserError: the file, the section or a key is missing, unknown, doubled or of the wrong type.
-
     """
     return check_section(path, name, section, read_params(path, changes))
 
@@ -90,7 +89,6 @@ def parse_change(text: str) -> tuple[str, str, Any]:
 
     Raises:
         UserError: the text has another form.
-
     """
     target, equals, value = text.partition("=")
     section, dot, key = target.strip().partition(".")

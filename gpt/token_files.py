@@ -49,7 +49,6 @@ def load_tokens(folder: Path, *, block_size: int) -> TokenData:
     Raises:
         UserError: a file is missing or has another length than `meta.json` says, or a split is too short for one
             block and the token after it.
-
     """
     try:
         meta = Meta.model_validate(read_json(folder / "meta.json"))

@@ -33,7 +33,6 @@ def tokenize(*, params: TokenizeParams, corpus: Path, out: Path) -> Meta:
 
     Raises:
         UserError: the corpus is missing, empty, not UTF-8, or made of one symbol only.
-
     """
     prepare_output(out / "meta.json")
     tokenizer, characters, corpus_sha256 = _survey(corpus)

@@ -36,7 +36,6 @@ class CharTokenizer:
 
         Raises:
             UserError: a character is not in the vocabulary; all such characters are listed.
-
         """
         code_points = _code_points(text)
         places = np.searchsorted(self._known, code_points).clip(max=self.vocab_size - 1)
@@ -68,7 +67,6 @@ def tokenizer_from_json(value: Any) -> CharTokenizer:
 
     Raises:
         UserError: the value describes no tokenizer.
-
     """
     if not isinstance(value, dict) or value.get("kind") != "char" or not isinstance(value.get("vocabulary"), str):
         raise UserError("tokenizer: expected kind 'char' with its vocabulary, found something else; tokenize again")

@@ -59,7 +59,6 @@ def train(
 
     Raises:
         UserError: an output cannot be written, no GPU where one is demanded, or the training blew up.
-
     """
     device = choose_device(params.device, "train.device")
     if rank_of_environment() == 0:

@@ -109,7 +109,6 @@ class Trainer:
 
         Raises:
             StoppedError: one of the ranks was asked to stop; the state of the last step is saved.
-
         """
         params, progress = self.params, self.progress
         began, tokens = time.monotonic(), 0
@@ -144,7 +143,6 @@ class Trainer:
 
         Raises:
             UserError: the loss or the gradient is no number any more, or the loss exploded.
-
         """
         self.progress.step += 1
         params, step = self.params, self.progress.step

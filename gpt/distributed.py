@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -56,13 +55,21 @@ class Pulse:
         self._store = store.clone() if size > 1 else store  # type: ignore[attr-defined]
         self._rank, self._size = rank, size
         self._count = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._report_for_ever, daemon=True)
         if size > 1:
             self._store.set_timeout(timedelta(seconds=PULSE_ANSWER_S))
-            threading.Thread(target=self._report_for_ever, daemon=True).start()
+            self._thread.start()
 
     def beat(self) -> None:
         """Count one exchange that this rank has reached."""
         self._count += 1
+
+    def stop(self) -> None:
+        """End the thread: one that is inside torch while Python shuts down aborts the process."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(PULSE_ANSWER_S)
 
     def diagnosis(self, timeout_s: int) -> str:
         """Say which ranks fell behind, and end those on this machine, which nothing else would."""
@@ -86,9 +93,9 @@ class Pulse:
 
     def _report_for_ever(self) -> None:
         with suppress(RuntimeError):  # the store is gone, and soon this process
-            while True:
+            self._report()
+            while not self._stopped.wait(PULSE_S):
                 self._report()
-                time.sleep(PULSE_S)
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,10 @@ def joined(device: torch.device, *, timeout_s: int, before: Callable[[], None] =
     except BaseException:
         dist.destroy_process_group()
         raise
-    dist.destroy_process_group()
+    else:
+        dist.destroy_process_group()
+    finally:
+        pulse.stop()
 
 
 def _store() -> Store:

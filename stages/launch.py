@@ -2,8 +2,6 @@
 
 import ctypes
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from gpt.errors import UserError
+from stages import torchrun
 from stages.log import append_failure, frame
 
 LOOK_S = 0.5  # between two looks at what the child has written
@@ -24,10 +23,6 @@ STOPPED_AFTER_SAVING = 75  # a training command's own code for "asked to stop, s
 KEPT_LINES, KEPT_LINE_BYTES = 2000, 1 << 16
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
-# One thread a process: with another number of threads the CPU computes other bits.
-THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
-# Who sets one of these has a group of several machines in mind, which is then described in full by them.
-RENDEZVOUS = ("PET_RDZV_ENDPOINT", "PET_RDZV_BACKEND", "PET_MASTER_ADDR", "PET_NODE_RANK")
 
 
 def enter(stage: str, main: Callable[[list[str]], int]) -> NoReturn:
@@ -74,53 +69,6 @@ def with_option(command: Sequence[str], name: str, value: object) -> list[str]:
     return [*command] if options(command, name) else [*command, name, str(value)]
 
 
-def nodes() -> int:
-    """How many machines train together: what the person said with PET_NNODES.
-
-    Raises:
-        UserError: it is no power of two.
-    """
-    said = os.environ.get("PET_NNODES", "1")
-    if not said.isdecimal() or int(said) & (int(said) - 1) or said == "0":
-        raise UserError(f"PET_NNODES: expected 1, 2, 4, … machines, found {said!r}")
-    return int(said)
-
-
-def training_environment(processes: int) -> dict[str, str]:
-    """Torchrun's options as its `PET_*` variables, and the thread counts; what the person set of `PET_*` stands.
-
-    On several machines this one is node 0, so that rank 0, which writes the files, is here.
-    """
-    torchrun = {"PET_NPROC_PER_NODE": str(processes)}
-    if nodes() > 1:
-        torchrun |= {"PET_RDZV_BACKEND": "static", "PET_NODE_RANK": "0"}
-    elif not any(name in os.environ for name in RENDEZVOUS):
-        torchrun |= {"PET_STANDALONE": "1"}
-    return THREADS | {name: os.environ.get(name, value) for name, value in torchrun.items()}
-
-
-def line_for_other_nodes(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """What to type on the other machines, which have the project and the tokens; they write nothing.
-
-    Raises:
-        UserError: the address at which they meet is missing.
-    """
-    endpoint = os.environ.get("PET_RDZV_ENDPOINT")
-    if not endpoint:
-        raise UserError(
-            "PET_RDZV_ENDPOINT: expected HOST:PORT of this machine beside PET_NNODES, found nothing; set it"
-        )
-    options = {
-        "--nnodes": str(nodes()),
-        "--node-rank": "1",
-        "--nproc-per-node": environment["PET_NPROC_PER_NODE"],
-        "--rdzv-backend": "static",
-        "--rdzv-endpoint": endpoint,
-    }
-    words = [command[0], *(f"{name}={value}" for name, value in options.items()), *command[1:]]
-    return "OMP_NUM_THREADS=1 " + shlex.join(words)
-
-
 def status_of(code: int) -> str:
     """MLflow's word for an exit code."""
     if code == 0:
@@ -161,7 +109,7 @@ def run(
             meanwhile()
         words.join(JOIN_S)  # a grandchild that lives on would keep the pipe open
         text = "".join(words.kept)
-        code = _exit_code(code, text if _is_torchrun(command) else "", received)
+        code = torchrun.exit_code(code, text if torchrun.is_torchrun(command) else "", received)
         if received and any(": stopped after step " in line for line in words.passed_on):
             code = STOPPED_AFTER_SAVING  # torchrun hides it when it is asked to stop itself
     if code:
@@ -247,17 +195,3 @@ class _Words(threading.Thread):
             elif line not in self.passed_on:
                 self.passed_on.add(line)
                 print(line, end="", file=sys.stderr, flush=True)
-
-
-def _is_torchrun(command: Sequence[str]) -> bool:
-    return Path(command[0]).name == "torchrun"
-
-
-def _exit_code(code: int, box: str, received: Sequence[int]) -> int:
-    """The code to end with. Torchrun ends with 1 whatever happened; the worker's own code stands in its box of text."""
-    worker = re.search(r"exitcode\s*:\s*(-?\d+)", box.rpartition("Root Cause")[2])
-    if worker:
-        code = int(worker[1])
-    elif box and received:  # asked to stop, torchrun shows no box
-        code = -received[-1]
-    return code if code >= 0 else 128 - code

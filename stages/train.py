@@ -10,7 +10,7 @@ from gpt.files import sha256_file
 from gpt.fingerprint import run_key
 from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpus
 from gpt.params import check_section, read_params
-from stages import launch, log, record
+from stages import launch, log, record, torchrun
 from stages.history import Follower
 from stages.publish import Publisher, provenance, publish_run, settings
 from stages.record import Record
@@ -33,14 +33,11 @@ def main(command: list[str]) -> int:
     params_file, changes = launch.option(command, "--params"), launch.options(command, "--set", "-S")
     params = read_params(params_file, changes)
     wished = check_section(params_file, "launch", LaunchParams, params)
-    environment = launch.training_environment(_processes(wished, params.get("train") or {}))
+    environment = torchrun.training_environment(_processes(wished, params.get("train") or {}))
     key = run_key(params_file, launch.option(command, "--tokens"), changes)
     command = launch.with_option(command, "--timeout", wished.timeout)
-    if launch.nodes() > 1:
-        print(
-            f"stages.train: type this on the other machines, each with its own --node-rank (1 to {launch.nodes() - 1}):"
-        )
-        print(launch.line_for_other_nodes(command, environment), flush=True)
+    if others := torchrun.lines_for_other_nodes(command, environment):
+        print(others, flush=True)
     command = launch.with_option(command, "--run-dir", root / ".runs" / key)
     command = launch.with_option(command, "--log-file", root / "gpt_nano.log")
     training = _Training(command, root, began)
@@ -141,7 +138,7 @@ def _processes(wished: LaunchParams, train: dict[str, Any]) -> int:
     shards = train.get("shards")
     if not isinstance(shards, int) or shards < 1:
         return 1
-    share = max(1, shards // launch.nodes())
+    share = max(1, shards // torchrun.nodes())
     processes, idle = choose_processes(wished.processes, shards=share, gpus=gpus, cores=usable_cores())
     if idle and "PET_NPROC_PER_NODE" not in os.environ:
         print(f"stages.train: {idle}", flush=True)

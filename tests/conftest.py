@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from gpt.device import CPU_THREADS
 from gpt.token_files import TokenData, load_tokens
 from gpt.tokenize import TokenizeParams, tokenize
+from tests.workspace import done, empty_store, fresh, place, server  # noqa: F401 (pytest finds fixtures here)
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew"]

@@ -319,6 +319,29 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path, tokens: Pat
     assert ranks[1].end(5)[0] == -signal.SIGKILL
 
 
+JOINS = """
+import threading, torch
+from gpt.distributed import joined
+with joined(torch.device("cpu"), timeout_s=20) as group:
+    assert threading.active_count() == 2, "the pulse"
+    group.gather([1.0])
+assert threading.active_count() == 1
+"""
+
+
+def test_a_rank_that_is_done_has_no_thread_left_that_could_abort_it() -> None:
+    """Python kills such threads when it shuts down; one that was inside torch took the process along, now and then."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", JOINS], env=environment(**where, RANK=rank), stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    said = [rank.communicate(timeout=60)[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+
+
 def test_a_second_run_of_the_same_key_waits_and_says_for_whom(
     tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes]
 ) -> None:

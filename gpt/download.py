@@ -65,7 +65,7 @@ def download(*, params: DownloadParams, out: Path, limits: Limits = LIMITS) -> s
             else:
                 say(f"{fetched.size:,} bytes from {shown(source)} -> {out} (SHA-256 {fetched.sha256})")
                 return fetched.sha256
-        raise UserError(_all_down(failures, params.sha256, out))
+        raise UserError(_all_down(failures, params.sha256))
 
 
 def command(
@@ -87,10 +87,10 @@ def _check_digest(fetched: Fetched, pinned: str | None) -> None:
         )
 
 
-def _all_down(failures: list[str], pinned: str | None, out: Path) -> str:
+def _all_down(failures: list[str], pinned: str | None) -> str:
     text = f"the text with SHA-256 {pinned}" if pinned else "the text"
     return (
         f"download.sources: expected one of {len(failures)} to give {text}, found: {'; '.join(failures)}. "
-        f"By hand: save the text as {out}, then no download is needed, or save it elsewhere and name it: "
-        "-S 'download.sources=[/path/to/it.txt]'"
+        "By hand: save the text in a file of your own and name it with its whole path: "
+        "-S \"download.sources=['/path/to/it.txt']\""
     )

@@ -97,7 +97,10 @@ def _encode(checkpoint: Checkpoint, prompt: str) -> Any:
     try:
         return checkpoint.tokenizer.encode(prompt)
     except UserError as error:
-        raise UserError(f"prompt {prompt!r}: {error}") from None
+        raise UserError(
+            f"prompt {prompt!r}: {error}, or choose another prompt: generate.prompts in the params file, or --prompt; "
+            "an empty one always works"
+        ) from None
 
 
 def _print(checkpoint: Checkpoint, settings: GenerateParams) -> None:

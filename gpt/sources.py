@@ -61,13 +61,18 @@ def _fetch_local(source: str, file: IO[bytes]) -> Fetched:
     try:
         path = Path(source).expanduser()
         if not path.is_file():  # a device or a pipe may never end
-            raise SourceError("it is no regular file" if path.exists() else "there is no such file")
+            raise SourceError("it is no regular file" if path.exists() else _missing(path))
         size = path.stat().st_size
     except RuntimeError:
         raise SourceError("there is no such home folder") from None
     except OSError as error:
         raise SourceError(f"it cannot be read: {error.strerror}") from None
     return copy(_local_pieces(path), file, size)
+
+
+def _missing(path: Path) -> str:
+    """A relative path is told from where: DVC runs experiments in folders of their own."""
+    return "there is no such file" + ("" if path.is_absolute() else f" in {Path.cwd()}; give its whole path")
 
 
 def _local_pieces(path: Path) -> Generator[bytes, None, None]:

@@ -111,7 +111,7 @@ MISTAKES = {
     "long block": (train_line(Path("TOKENS"), "-S", "model.block_size=2136"), ["model.block_size", "2,136"]),
     "prompt of other characters": (
         ["generate", "--checkpoint", "MODEL", "--prompt", "Zé the"],
-        ["prompt 'Zé the'", "'Z', 'é'"],
+        ["prompt 'Zé the'", "'Z', 'é'", "generate.prompts", "--prompt"],
     ),
     "no checkpoint": (["generate", "--checkpoint", "none.pt"], ["none.pt", "No such file"]),
     "negative temperature": (

@@ -543,11 +543,10 @@ def test_the_command_lists_all_sources_that_are_down(tmp_path: Path, server: Ser
     (line,) = ended.stderr.splitlines()
     for part in (
         "gpt download: download.sources: expected one of 3",
-        "not here.txt: there is no such file",
+        f"not here.txt: there is no such file in {tmp_path}; give its whole path",
         f"{server.address}/missing: status 404 Not Found",
         f"{server.address}/wrong: expected SHA-256 {SHA256}, found ",
-        "save the text as data/corpus.txt",
-        "-S 'download.sources=[/path/to/it.txt]'",
+        "name it with its whole path: -S \"download.sources=['/path/to/it.txt']\"",
     ):
         assert part in line
     assert list((tmp_path / "data").iterdir()) == []

@@ -2,6 +2,7 @@
 
 from gpt.files import read_json
 from stages import launch
+from stages.edits import refusing
 from stages.publish import follow_up
 
 
@@ -18,4 +19,4 @@ def main(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    launch.enter("evaluate", main)
+    launch.enter("evaluate", refusing("evaluate", main))

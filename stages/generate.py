@@ -1,6 +1,7 @@
 """`python -m stages.generate COMMAND…`: run the generating command and publish its text on the checkpoint's row."""
 
 from stages import launch
+from stages.edits import refusing
 from stages.publish import follow_up
 
 
@@ -11,4 +12,4 @@ def main(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    launch.enter("generate", main)
+    launch.enter("generate", refusing("generate", main))

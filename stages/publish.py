@@ -144,11 +144,12 @@ def follow_up(
     command = launch.with_option(command, "--log-file", root / "gpt_nano.log")
     log_file = launch.option(command, "--log-file")
     publisher = Publisher(stage, root)
+    read = settings(command, stage)  # now: somebody may edit the file while it runs
     code = launch.run(command, stage=stage, about=sha256, log_file=log_file, meanwhile=publisher.attempt)
     if code:
         return code
     with publisher.surviving("its results"), tempfile.TemporaryDirectory() as nowhere:
-        found = _record(stage, command, began, sha256, metrics())
+        found = _record(stage, read, began, sha256, metrics())
         run = record.run_of_checkpoint(root, sha256)
         part = log.part_of_log(log_file, log.frame(stage, sha256))
         record.save(run or Path(nowhere), found, {**files, f"logs/{stage}.log": part})
@@ -167,14 +168,14 @@ def settings(command: list[str], *sections: str) -> dict[str, str]:
     return record.flatten(params, sections)
 
 
-def _record(stage: str, command: list[str], began: float, sha256: str, metrics: Mapping[str, float]) -> Record:
+def _record(stage: str, read: Mapping[str, str], began: float, sha256: str, metrics: Mapping[str, float]) -> Record:
     name, _ = provenance()
     return Record(
         stage=stage,
         name=name or sha256[:7],
         began=began,
         ended=time.time(),
-        tags=settings(command, stage) | {"checkpoint.sha256": sha256},
+        tags={**read, "checkpoint.sha256": sha256},
         metrics=dict(metrics),
     )
 

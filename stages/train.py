@@ -11,6 +11,7 @@ from gpt.fingerprint import run_key
 from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpus
 from gpt.params import check_section, read_params
 from stages import launch, log, record, torchrun
+from stages.edits import refusing
 from stages.history import Follower
 from stages.publish import Publisher, provenance, publish_run, settings
 from stages.record import Record
@@ -60,6 +61,9 @@ class _Training:
         self._command, self._root, self._began = command, root, began
         self.run = launch.option(command, "--run-dir")
         self.log_file = launch.option(command, "--log-file")
+        # As they are when it starts: somebody may edit the file while it trains.
+        self._params_text = launch.option(command, "--params").read_text(encoding="utf-8")
+        self._settings = settings(command, *PARAMS)
         self._publisher = Publisher("train", root)
         self._history = self.run / "history.jsonl"
         self._before = _stamp(self._history)
@@ -115,14 +119,14 @@ class _Training:
             checkpoint=sha256,
             checkpoint_file=str(checkpoint) if sha256 else "",
             tags=tags,
-            params=settings(self._command, *PARAMS),
+            params=self._settings,
             metrics={ours: figures[theirs] for theirs, ours in FIGURES.items() if theirs in figures},
             dataset=_read(launch.option(self._command, "--tokens") / "meta.json"),
         )
 
     def _artifacts(self, code: int) -> dict[str, Path | str]:
         found: dict[str, Path | str] = {
-            "params.yaml": launch.option(self._command, "--params"),
+            "params.yaml": self._params_text,
             "logs/train.log": log.part_of_log(self.log_file, log.frame("train", self.run.name)),
         }
         if not code:
@@ -164,4 +168,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    launch.enter("train", main)
+    launch.enter("train", refusing("train", main))

@@ -19,7 +19,7 @@ import psutil
 from mlflow import MlflowClient
 
 from tests.conftest import environment, made_up_text, write_params
-from tests.test_pipeline import clone, set_processes
+from tests.pipeline import clone, set_processes
 
 OUTPUTS = ["chargpt_nano.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv", "dvc.lock"]
 ORPHANS_GONE_S = 10

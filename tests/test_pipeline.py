@@ -1,78 +1,15 @@
 """The whole pipeline as people run it: a clone, the real dvc, torchrun and MLflow, on a made-up text."""
 
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
-from ruamel.yaml import YAML
 
-from tests.conftest import ROOT, environment, write_params
-
-Dvc = Callable[..., "subprocess.CompletedProcess[str]"]
-OUTPUTS = [
-    "chargpt_nano.pt",
-    "generation_out.txt",
-    "metrics/train.json",
-    "metrics/evaluate.json",
-    "plots/history.csv",
-    "plots/validation.csv",
-    "plots/positions.csv",
-    "data/tokens/train.bin",
-    "dvc.lock",
-]
-
-
-def clone(folder: Path, corpus: Path) -> Path:
-    """The working tree as a fresh clone, with tiny params and a text that needs no network."""
-    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
-    changed = subprocess.run(
-        ["git", "ls-files", "--modified", "--others", "--exclude-standard", "--deduplicate"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=True,
-    ).stdout.split()
-    for name in changed:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder / name)
-    write_params(
-        folder / "params.yaml",
-        download__sources=[str(corpus)],
-        download__sha256=None,
-        train__max_steps=40,
-        generate__max_new_tokens=30,
-        generate__prompts=["the ", ""],
-    )
-    (folder / "dvc.lock").unlink(missing_ok=True)
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
-    subprocess.run([*git, "add", "--all"], cwd=folder, check=True)
-    subprocess.run([*git, "commit", "--quiet", "--message", "tiny params"], cwd=folder, check=True)
-    return folder
-
-
-def dvc(folder: Path, *arguments: str, **changes: str) -> "subprocess.CompletedProcess[str]":
-    command = [str(Path(sys.executable).with_name("dvc")), *arguments]
-    variables = environment(PYTHONPATH="", GIT_AUTHOR_NAME="t", GIT_AUTHOR_EMAIL="t@example.com", **changes)
-    variables |= {"GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.com"}
-    done = subprocess.run(command, cwd=folder, env=variables, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def rows(folder: Path) -> list[Run]:
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in OUTPUTS}
+from tests.conftest import environment
+from tests.pipeline import OUTPUTS, artifacts, clone, contents, dvc, rows, set_processes
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +20,6 @@ def project(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     done = dvc(folder, "repro")
     assert "Running stage 'generate'" in done.stdout
     return folder
-
-
-def set_processes(folder: Path, processes: int) -> None:
-    yaml = YAML()
-    params = yaml.load((folder / "params.yaml").read_text())
-    params["launch"]["processes"] = processes
-    yaml.dump(params, folder / "params.yaml")
 
 
 def test_everything_is_made_and_nothing_else(project: Path) -> None:
@@ -143,13 +73,6 @@ def test_one_row_holds_all_of_the_model(project: Path) -> None:
         assert any(path.endswith(name) for path in names), names
     assert any(path.endswith(".log") for path in names)
     assert (project / "mlruns").is_dir()
-
-
-def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> list[str]:
-    found: list[str] = []
-    for item in client.list_artifacts(run_id, folder):
-        found += artifacts(client, run_id, item.path) if item.is_dir else [item.path]
-    return found
 
 
 def test_one_process_in_another_folder_gives_the_same_bytes(project: Path, corpus: Path, tmp_path: Path) -> None:

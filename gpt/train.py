@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from gpt.checkpoint import Checkpoint
 from gpt.command import LOG_FILE, Changes, LogFile, ParamsFile, log, logging_to, say
+from gpt.dataset import check_lengths
 from gpt.device import choose_device
 from gpt.distributed import Group, joined, rank_of_environment
 from gpt.errors import UserError
@@ -58,8 +59,10 @@ def train(
         timeout_s: seconds after which a rank that does not answer ends the job.
 
     Raises:
-        UserError: an output cannot be written, no GPU where one is demanded, or the training blew up.
+        UserError: an output cannot be written, the text is too short, no GPU where one is demanded, or the training
+            blew up.
     """
+    check_lengths(data, block_size=model.block_size)
     device = choose_device(params.device, "train.device")
     if rank_of_environment() == 0:
         for path in (*vars(outputs).values(), folder.history.path):
@@ -106,7 +109,7 @@ def command(
         train(
             params=read_section(params, "train", TrainParams, changes),
             model=model,
-            data=load_tokens(tokens, block_size=model.block_size),
+            data=load_tokens(tokens),
             made_of=digests(params, tokens, changes),
             outputs=Outputs(checkpoint, metrics, history, validation),
             folder=RunFolder(folder),

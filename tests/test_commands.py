@@ -108,7 +108,10 @@ MISTAKES = {
     "no params file": (["tokenize", "--params", "none.yaml", "--corpus", "x", "--out", "y"], ["none.yaml"]),
     "no tokens": (train_line(Path("nowhere")), ["nowhere/meta.json", "run the stage"]),
     "no GPU": (train_line(Path("TOKENS"), "-S", "train.device=cuda"), ["train.device", "cuda", "auto"]),
-    "long block": (train_line(Path("TOKENS"), "-S", "model.block_size=2136"), ["model.block_size", "2,136"]),
+    "long block": (
+        train_line(Path("TOKENS"), "-S", "model.block_size=535"),
+        ["too short", "2,140", "model.block_size 535"],
+    ),
     "prompt of other characters": (
         ["generate", "--checkpoint", "MODEL", "--prompt", "Zé the"],
         ["prompt 'Zé the'", "'Z', 'é'"],

@@ -1,9 +1,29 @@
 """The batches: random windows to train on, and windows that cover the validation split exactly once."""
 
+import math
+
 import numpy as np
 import torch
 
+from gpt.errors import UserError
 from gpt.token_files import Split, TokenData
+
+MIN_BLOCKS = 4  # in each split; on fewer, the loss says more about the place than about the model
+
+
+def check_lengths(data: TokenData, *, block_size: int) -> None:
+    """Refuse a text that is too short to train on with this block size.
+
+    Raises:
+        UserError: one of the splits has fewer than `MIN_BLOCKS` blocks.
+    """
+    needed = MIN_BLOCKS * block_size
+    if min(len(data.train), len(data.val)) < needed:
+        raise UserError(
+            f"the text is too short: expected at least {needed:,} tokens in each split ({MIN_BLOCKS} blocks of "
+            f"model.block_size {block_size:,}), found {len(data.train):,} to train on and {len(data.val):,} to "
+            f"validate on; {_remedies(len(data.train), len(data.val), needed)}"
+        )
 
 
 def random_windows(split: Split, *, count: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,3 +59,16 @@ def covering_windows(data: TokenData, *, block_size: int, batch_size: int) -> li
     if full < len(targets):
         batches.append((inputs[None, full:], targets[None, full:]))
     return batches
+
+
+def _remedies(train: int, val: int, needed: int) -> str:
+    """What makes both splits at least as long as needed, the least effort first."""
+    shorter, total = min(train, val), train + val
+    found = []
+    if shorter >= MIN_BLOCKS:
+        found.append(f"set model.block_size to at most {shorter // MIN_BLOCKS}")
+    if total >= 2 * needed:
+        percent = 100 * needed / total
+        bound = f"at most {math.floor(100 - percent) / 100}" if val < needed else f"at least {math.ceil(percent) / 100}"
+        found.append(f"set tokenize.train_fraction to {bound}")
+    return ", or ".join([*found, f"take a text of {math.ceil(total * needed / shorter):,} tokens or more"])

@@ -70,7 +70,7 @@ def command(
     with logging_to(log_file, "evaluate", sha256_file(checkpoint)[:8]):
         for path in (metrics, positions):
             prepare_output(path)
-        data = load_tokens(tokens, block_size=loaded.model.block_size)
+        data = load_tokens(tokens)
         if data.tokenizer != loaded.tokenizer:
             raise UserError(
                 f"{tokens}: expected the {loaded.tokenizer.vocab_size} symbols that {checkpoint} was trained on, found "

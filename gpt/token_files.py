@@ -43,12 +43,11 @@ def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def load_tokens(folder: Path, *, block_size: int) -> TokenData:
+def load_tokens(folder: Path) -> TokenData:
     """Map the token files of a folder into memory.
 
     Raises:
-        UserError: a file is missing or has another length than `meta.json` says, or a split is too short for one
-            block and the token after it.
+        UserError: a file is missing or has another length than `meta.json` says.
     """
     try:
         meta = Meta.model_validate(read_json(folder / "meta.json"))
@@ -57,12 +56,6 @@ def load_tokens(folder: Path, *, block_size: int) -> TokenData:
         raise UserError(f"{folder / 'meta.json'}: {key}: {error.errors()[0]['msg']}; tokenize again") from None
     train = _map(folder / "train.bin", meta.train_tokens, meta.dtype)
     val = _map(folder / "val.bin", meta.val_tokens, meta.dtype)
-    for name, split in (("training", train), ("validation", val)):
-        if len(split) <= block_size:
-            raise UserError(
-                f"model.block_size: expected less than the {len(split):,} tokens of the {name} split, found "
-                f"{block_size:,}; set a smaller block_size, another tokenize.train_fraction or take a longer text"
-            )
     return TokenData(train, val, tokenizer_from_json(read_json(folder / "tokenizer.json")), meta)
 
 

@@ -16,13 +16,15 @@ from tqdm import tqdm
 
 from gpt.checkpoint import Checkpoint
 from gpt.command import LOG_FILE, Changes, LogFile, ParamsFile, log, logging_to, say
+from gpt.dataset import check_lengths
 from gpt.device import choose_device
 from gpt.distributed import Group, joined, rank_of_environment
 from gpt.errors import UserError
-from gpt.files import prepare_output, sha256_file, write_json
+from gpt.files import prepare_output, sha256_file, write_figures
 from gpt.fingerprint import digests
-from gpt.history import Record
+from gpt.history import History, Record
 from gpt.model import GPT, ModelParams, count_parameters
+from gpt.overfitting import find_overfitting
 from gpt.params import read_section
 from gpt.run_folder import RunFolder
 from gpt.token_files import TokenData, load_tokens
@@ -58,8 +60,10 @@ def train(
         timeout_s: seconds after which a rank that does not answer ends the job.
 
     Raises:
-        UserError: an output cannot be written, no GPU where one is demanded, or the training blew up.
+        UserError: an output cannot be written, the text is too short, no GPU where one is demanded, or the training
+            blew up.
     """
+    check_lengths(data, block_size=model.block_size)
     device = choose_device(params.device, "train.device")
     if rank_of_environment() == 0:
         for path in (*vars(outputs).values(), folder.history.path):
@@ -72,7 +76,7 @@ def train(
         torch.manual_seed(seed_of(params.seed))
         trainer = Trainer(params, GPT(model, data.meta.vocab_size), data, group)
         _continue_or_begin(trainer, folder, made_of)
-        seen = _Reporter(params.max_steps, trainer.progress.step) if group.first else _ignore
+        seen = _Reporter(params.max_steps, trainer.progress.step, folder.history) if group.first else _ignore
         with _polite_signals() as asked_to_stop:
             trainer.run(folder, made_of, seen, asked_to_stop)
             if group.first:
@@ -106,7 +110,7 @@ def command(
         train(
             params=read_section(params, "train", TrainParams, changes),
             model=model,
-            data=load_tokens(tokens, block_size=model.block_size),
+            data=load_tokens(tokens),
             made_of=digests(params, tokens, changes),
             outputs=Outputs(checkpoint, metrics, history, validation),
             folder=RunFolder(folder),
@@ -167,16 +171,15 @@ def _write(trainer: Trainer, outputs: Outputs, folder: RunFolder) -> None:
     }
     Checkpoint(trainer.model.params, trainer.data.tokenizer, trainer.best, about).save(outputs.checkpoint)
     folder.history.write_csv(outputs.history, outputs.validation)
-    figures = {
-        "val_loss": progress.best_loss,
-        "train_loss": folder.history.records[-1].train_loss,
-        "best_step": progress.best_step,
-        "steps": progress.step,
-        "parameters": count_parameters(trainer.model),
-    }
-    write_json(outputs.metrics, figures)
+    assert progress.best_loss is not None  # the last step, at the latest, is an evaluation
+    train_loss = {record.step: record.train_loss for record in folder.history.records}[progress.best_step]
+    figures = {"train_loss": train_loss, "val_loss": progress.best_loss, "best_step": progress.best_step}
+    write_figures(outputs.metrics, figures)
     folder.drop_states()
-    say(f"validation loss {progress.best_loss:.4f} at step {progress.best_step:,} -> {outputs.checkpoint}")
+    steps = f"step {progress.best_step:,} of {progress.step:,}"
+    say(f"validation loss {progress.best_loss:.4f} at {steps} -> {outputs.checkpoint}")
+    if found := find_overfitting(folder.history.records):
+        say(str(found))
     log.info("checkpoint SHA-256 %s", sha256_file(outputs.checkpoint))
 
 
@@ -199,8 +202,8 @@ def _ignore(_record: Record) -> None:
 class _Reporter:
     """Progress for a person: a bar on a terminal, a line at every evaluation elsewhere; the log holds the lines too."""
 
-    def __init__(self, max_steps: int, step: int) -> None:
-        self._max_steps = max_steps
+    def __init__(self, max_steps: int, step: int, history: History) -> None:
+        self._max_steps, self._history = max_steps, history
         self._first_step, self._began = step, time.monotonic()
         self._bar = tqdm(total=max_steps, initial=step, unit="step", file=sys.stdout, disable=None, dynamic_ncols=True)
         self._val_loss = ""
@@ -216,10 +219,18 @@ class _Reporter:
             log.info("%s", line)
             if self._bar.disable:
                 print(line, flush=True)
+            self._warn(record.step)
         self._bar.set_postfix_str(f"train {record.train_loss:.3f}{self._val_loss}", refresh=False)
         self._bar.update(record.step - self._bar.n)
         if record.step == self._max_steps:
             self._bar.close()
+
+    def _warn(self, step: int) -> None:
+        """Say that the run overfits, once from a best evaluation to the next; at the end the closing line says it."""
+        found = find_overfitting(self._history.records)
+        if found and found.noticed == step < self._max_steps:
+            with tqdm.external_write_mode(file=sys.stdout):
+                say(str(found))
 
     def _left(self, record: Record) -> str:
         seconds_a_step = (time.monotonic() - self._began) / (record.step - self._first_step)

@@ -66,7 +66,7 @@ def tokens(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data(tokens: Path) -> TokenData:
     """The tokens of the made-up text."""
-    return load_tokens(tokens, block_size=32)
+    return load_tokens(tokens)
 
 
 @pytest.fixture

@@ -43,7 +43,8 @@ def test_train_leaves_whole_outputs_and_nothing_else(trained: Path) -> None:
     assert files == tables | {"params.yaml", "model.pt", "metrics/train.json", "gpt_nano.log"}
     figures = json.loads((trained / "metrics" / "train.json").read_text())
     about = load_checkpoint(trained / "model.pt").about
-    assert (about["step"], about["val_loss"]) == (figures["best_step"], figures["val_loss"])
+    assert list(figures) == ["train_loss", "val_loss", "best_step"]
+    assert (figures["best_step"], figures["val_loss"]) == (about["step"], round(about["val_loss"], 4))
     header, *rows = (trained / "plots" / "history.csv").read_text().splitlines()
     assert header == "step,train_loss,learning_rate,grad_norm"
     assert [row.split(",")[0] for row in rows] == ["10", "20"]
@@ -68,7 +69,7 @@ def test_evaluate_repeats_the_training_figure(gpt: RunGpt, trained: Path, tokens
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "evaluate.json").read_text())
     trained_figures = json.loads((trained / "metrics" / "train.json").read_text())
-    assert figures["loss"] == pytest.approx(trained_figures["val_loss"], rel=1e-6)
+    assert figures["loss"] == pytest.approx(trained_figures["val_loss"], abs=1e-4)
     assert len((tmp_path / "positions.csv").read_text().splitlines()) == 1 + 32
 
 
@@ -108,7 +109,10 @@ MISTAKES = {
     "no params file": (["tokenize", "--params", "none.yaml", "--corpus", "x", "--out", "y"], ["none.yaml"]),
     "no tokens": (train_line(Path("nowhere")), ["nowhere/meta.json", "run the stage"]),
     "no GPU": (train_line(Path("TOKENS"), "-S", "train.device=cuda"), ["train.device", "cuda", "auto"]),
-    "long block": (train_line(Path("TOKENS"), "-S", "model.block_size=2136"), ["model.block_size", "2,136"]),
+    "long block": (
+        train_line(Path("TOKENS"), "-S", "model.block_size=535"),
+        ["too short", "2,140", "model.block_size 535"],
+    ),
     "prompt of other characters": (
         ["generate", "--checkpoint", "MODEL", "--prompt", "Zé the"],
         ["prompt 'Zé the'", "'Z', 'é'", "generate.prompts", "--prompt"],

@@ -1,17 +1,22 @@
 """Evaluation predicts every token once, and the baselines are what counting gives."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpt.checkpoint import Checkpoint
-from gpt.dataset import covering_windows, random_windows
+from gpt.dataset import MIN_BLOCKS, check_lengths, covering_windows, random_windows
+from gpt.errors import UserError
 from gpt.evaluate import EvaluateParams, evaluate
 from gpt.model import GPT, ModelParams
 from gpt.scoring import bigram_loss, losses, mean_by_position, unigram_loss
-from gpt.token_files import TokenData
+from gpt.token_files import Meta, TokenData
+from gpt.tokenizer import CharTokenizer
 
 
 @pytest.mark.parametrize(("block_size", "batch_size"), [(7, 3), (32, 1000), (1, 64)])
@@ -76,3 +81,47 @@ def test_figures_of_a_model_that_always_guesses(data: TokenData) -> None:
     assert figures["bits_per_character"] == pytest.approx(math.log2(data.meta.vocab_size))
     assert figures["bigram_loss"] < figures["unigram_loss"] < figures["uniform_loss"]
     assert table["predictions"].sum() == len(data.val) == figures["characters"]
+
+
+def data_of(train: int, val: int) -> TokenData:
+    meta = Meta(
+        kind="char",
+        vocab_size=2,
+        dtype="<u2",
+        train_tokens=train,
+        val_tokens=val,
+        train_characters=train,
+        val_characters=val,
+        corpus_sha256="",
+    )
+    return TokenData(np.zeros(train, "<u2"), np.zeros(val, "<u2"), CharTokenizer("ab"), meta)
+
+
+def test_a_poem_is_refused_with_numbers_and_what_to_set() -> None:
+    with pytest.raises(UserError) as error:
+        check_lengths(data_of(1800, 200), block_size=128)
+    assert str(error.value) == (
+        "the text is too short: expected at least 512 tokens in each split (4 blocks of model.block_size 128), found "
+        "1,800 to train on and 200 to validate on; set model.block_size to at most 50, or set tokenize.train_fraction "
+        "to at most 0.74, or take a text of 5,120 tokens or more"
+    )
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 500))
+def test_each_remedy_is_enough(train: int, val: int, block_size: int) -> None:
+    try:
+        check_lengths(data_of(train, val), block_size=block_size)
+    except UserError as error:
+        said = str(error).replace(",", "")
+        assert min(train, val) < MIN_BLOCKS * block_size
+        if block := re.search(r"block_size to at most (\d+)", said):
+            check_lengths(data_of(train, val), block_size=int(block[1]))
+        if fraction := re.search(r"train_fraction to at (?:most|least) (0\.\d+)", said):
+            part = int((train + val) * float(fraction[1]))
+            check_lengths(data_of(part, train + val - part), block_size=block_size)
+        length = re.search(r"text of (\d+)", said)
+        assert length
+        longer = math.ceil(int(length[1]) * min(train, val) / (train + val))
+        check_lengths(data_of(longer, longer), block_size=block_size)
+    else:
+        assert min(train, val) >= MIN_BLOCKS * block_size

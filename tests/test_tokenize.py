@@ -34,7 +34,7 @@ def test_the_splits_are_the_text_in_order(tmp_path: Path) -> None:
     text = made_up_text(300_000) + "é\r\n🙂"  # more than one piece; line ends and wide characters survive
     (tmp_path / "text.txt").write_text(text, encoding="utf-8", newline="")
     meta = tokenize(params=PARAMS, corpus=tmp_path / "text.txt", out=tmp_path / "tokens")
-    data = load_tokens(tmp_path / "tokens", block_size=8)
+    data = load_tokens(tmp_path / "tokens")
     assert len(text.encode()) > 1 << 20
     assert data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val) == text
     assert len(data.train) == int(len(text) * 0.9) == meta.train_characters
@@ -78,17 +78,10 @@ def test_a_truncated_token_file_is_refused(tmp_path: Path, corpus: Path, name: s
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=rf"{name}: expected [\d,]+ bytes .* found [\d,]+; tokenize again"):
-        load_tokens(tmp_path, block_size=8)
+        load_tokens(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match=f"{name}: .* found 0"):
-        load_tokens(tmp_path, block_size=8)
-
-
-def test_a_block_longer_than_a_split_is_refused_with_both_numbers(tokens: Path) -> None:
-    length = load_tokens(tokens, block_size=8).meta.val_tokens
-    load_tokens(tokens, block_size=length - 1)
-    with pytest.raises(UserError, match=rf"block_size: expected less than the {length:,} .* found {length:,}"):
-        load_tokens(tokens, block_size=length)
+        load_tokens(tmp_path)
 
 
 def test_the_command(gpt: RunGpt, tmp_path: Path, corpus: Path) -> None:

@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +22,7 @@ from stages.log import append_failure, frame
 LOOK_S = 0.5  # between two looks at what the child has written
 JOIN_S = 2
 STOPPED_AFTER_SAVING = 75  # a training command's own code for "asked to stop, state saved"
+OURS = re.compile(r"gpt( [a-z-]+)?: ")  # how a line begins that a command says to a person
 KEPT_LINES, KEPT_LINE_BYTES = 2000, 1 << 16
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
@@ -98,6 +101,7 @@ def run(
         UserError: there is no such command.
 
     """
+    began = time.monotonic()
     with _signals() as (received, forward_to):
         child = _start(command, environment)
         forward_to.append(child)
@@ -107,20 +111,31 @@ def run(
                 code = child.wait(LOOK_S)  # first, so that a command which refuses at once is not kept waiting
                 break
             meanwhile()
+        seconds = time.monotonic() - began
         words.join(JOIN_S)  # a grandchild that lives on would keep the pipe open
         text = "".join(words.kept)
         code = torchrun.exit_code(code, text if torchrun.is_torchrun(command) else "", received)
         if received and any(": stopped after step " in line for line in words.passed_on):
             code = STOPPED_AFTER_SAVING  # torchrun hides it when it is asked to stop itself
     if code:
-        marked = frame(stage, about)
+        name = command[0]
         with suppress(OSError):  # a full disk must not hide why the child failed
-            append_failure(log_file, marked, f"{Path(command[0]).name} ended with exit code {code}", text)
+            append_failure(log_file, frame(stage, about), f"{Path(name).name} ended with exit code {code}", text)
+        worker = torchrun.failed_first(text) if torchrun.is_torchrun(command) else None
         if received:
-            text = f"stages.{stage}: stopped by {signal.Signals(received[-1]).name}\n"
-        if received or not words.passed_on:
-            print(text or f"stages.{stage}: {command[0]} ended with exit code {code}\n", end="", file=sys.stderr)
+            print(f"stages.{stage}: stopped by {signal.Signals(received[-1]).name}", file=sys.stderr)
+        elif worker and (worker.code < 0 or not words.passed_on):  # a worker that was killed could not say so itself
+            _print_failure(stage, worker, text, f"after {seconds:.0f} s", log_file)
+        elif not words.passed_on:
+            print(text or f"stages.{stage}: {name} ended with exit code {code}\n", end="", file=sys.stderr)
     return code
+
+
+def _print_failure(stage: str, worker: torchrun.Worker, text: str, when: str, log_file: Path) -> None:
+    """Say in one line which worker failed first; one that crashed by itself has left a traceback to show before."""
+    crash = torchrun.without_box(text) if worker.code > 0 else ""
+    file = log_file.name if log_file.parent == Path.cwd() else log_file
+    print(f"{crash}stages.{stage}: {worker} {when}; run again to continue; details in {file}", file=sys.stderr)
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -190,7 +205,7 @@ class _Words(threading.Thread):
         """Read to the end; several ranks say the same, a person hears it once."""
         for raw in iter(lambda: self._pipe.readline(KEPT_LINE_BYTES), b""):
             line = raw.decode(errors="replace")
-            if not line.startswith("gpt "):
+            if not OURS.match(line):
                 self.kept.append(line)
             elif line not in self.passed_on:
                 self.passed_on.add(line)

@@ -3,7 +3,9 @@
 import os
 import re
 import shlex
+import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.errors import UserError
@@ -12,6 +14,10 @@ from gpt.errors import UserError
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 # Who sets one of these has a group of several machines in mind, which is then described in full by them.
 RENDEZVOUS = ("PET_RDZV_ENDPOINT", "PET_RDZV_BACKEND", "PET_MASTER_ADDR", "PET_NODE_RANK")
+
+_WORKER = re.compile(r"\brank\s*: (\d+).*?exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.DOTALL)
+_NOTES = re.compile(r"^[A-Z]\d{4} \S+ \d+ torch/distributed/elastic/.*\n", re.MULTILINE)
+_END = re.compile(r"^E\d{4} .*failed \(exitcode: ", re.MULTILINE)  # then come torchrun's own traceback and its box
 
 
 def nodes() -> int:
@@ -69,11 +75,38 @@ def is_torchrun(command: Sequence[str]) -> bool:
     return Path(command[0]).name == "torchrun"
 
 
-def exit_code(code: int, box: str, received: Sequence[int]) -> int:
+@dataclass(frozen=True)
+class Worker:
+    """The worker that failed first, as torchrun's box names it; a code below zero is the signal that killed it."""
+
+    rank: int
+    pid: int
+    code: int
+
+    def __str__(self) -> str:
+        """Who it is and what became of it."""
+        known = {each.value: each.name for each in signal.Signals}
+        end = f"ended with exit code {self.code}"
+        if self.code < 0:
+            end = f"was killed by {known.get(-self.code, f'signal {-self.code}')}"
+        return f"rank {self.rank} (PID {self.pid}) {end}"
+
+
+def failed_first(words: str) -> Worker | None:
+    """The worker that torchrun's box of text names as the root cause."""
+    found = _WORKER.search(words.rpartition("Root Cause")[2])
+    return Worker(rank=int(found[1]), code=int(found[2]), pid=int(found[3])) if found else None
+
+
+def without_box(words: str) -> str:
+    """What the workers themselves wrote on stderr."""
+    return _NOTES.sub("", _END.split(words)[0])
+
+
+def exit_code(code: int, words: str, received: Sequence[int]) -> int:
     """The code to end with. Torchrun ends with 1 whatever happened; the worker's own code stands in its box of text."""
-    worker = re.search(r"exitcode\s*:\s*(-?\d+)", box.rpartition("Root Cause")[2])
-    if worker:
-        code = int(worker[1])
-    elif box and received:  # asked to stop, torchrun shows no box
+    if worker := failed_first(words):
+        code = worker.code
+    elif words and received:  # asked to stop, torchrun shows no box
         code = -received[-1]
     return code if code >= 0 else 128 - code

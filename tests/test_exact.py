@@ -273,20 +273,13 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(
     assert finish(folder, tokens) == uninterrupted
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_wrapper_passes_the_stop_on_and_ends_with_its_code(
-    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], number: signal.Signals
-) -> None:
-    """With two ranks under torchrun, which hides their code; Ctrl-C reaches the whole group, SIGTERM the wrapper."""
-    folder = prepare(tmp_path / "wrapped")
+def start_wrapped(folder: Path, tokens: Path) -> "subprocess.Popen[str]":
+    """Two ranks under torchrun under the wrapper; returns when they are at step 20."""
     inner = [word for word in line(tokens) if word not in ("--run-dir", "run")]
-    command = [sys.executable, "-m", "stages.train", TORCHRUN, "-m", "gpt", *inner]
-    variables = environment(PET_NPROC_PER_NODE="2", MLFLOW_TRACKING_URI="")
     running = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "stages.train", TORCHRUN, "-m", "gpt", *inner],
         cwd=folder,
-        env=variables,
+        env=environment(PET_NPROC_PER_NODE="2", MLFLOW_TRACKING_URI=""),
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -298,12 +291,41 @@ def test_the_wrapper_passes_the_stop_on_and_ends_with_its_code(
     (history,) = folder.glob(".runs/*/history.jsonl")
     (folder / "run").symlink_to(history.parent)
     history_reaches(folder, 20, running.poll)
+    return running
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_wrapper_passes_the_stop_on_and_ends_with_its_code(
+    tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes], number: signal.Signals
+) -> None:
+    """With two ranks under torchrun, which hides their code; Ctrl-C reaches the whole group, SIGTERM the wrapper."""
+    folder = prepare(tmp_path / "wrapped")
+    running = start_wrapped(folder, tokens)
     os.killpg(running.pid, number) if number == signal.SIGINT else running.send_signal(number)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 75, errors
     assert "gpt train: stopped after step" in errors
     assert "Traceback" not in errors
     assert finish(folder, tokens) == uninterrupted
+
+
+@pytest.mark.proof
+def test_a_rank_that_is_killed_is_named_in_one_line_of_ours(tmp_path: Path, tokens: Path) -> None:
+    """The other rank may have said before whom it misses; torchrun's box of text stays in the log."""
+    folder = prepare(tmp_path / "killed")
+    running = start_wrapped(folder, tokens)
+    everyone = psutil.Process(running.pid).children(recursive=True)
+    (rank,) = (process for process in everyone if process.environ().get("RANK") == "1")
+    rank.kill()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGKILL
+    *others, last = errors.splitlines()
+    assert last.startswith(f"stages.train: rank 1 (PID {rank.pid}) was killed by SIGKILL after ")
+    assert last.endswith(" s; run again to continue; details in gpt_nano.log")
+    assert all(line.startswith(f"gpt train: rank 1 (PID {rank.pid} on ") for line in others)
+    assert len(others) <= 1
+    assert f"exitcode  : -9 (pid: {rank.pid})" in (folder / "gpt_nano.log").read_text()
 
 
 def test_a_rank_that_hangs_ends_the_job_and_is_named(tmp_path: Path, tokens: Path) -> None:

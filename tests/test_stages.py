@@ -1,6 +1,7 @@
 """The wrappers: real processes, real stores, and a child that behaves towards the outside as gpt's verbs do."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -260,30 +261,38 @@ def test_a_server_that_never_answers_costs_bounded_time(place: Workspace) -> Non
 
 
 WORKER = """
-import os, sys
+import os, signal, sys, time
 if sys.argv[1] == "refuse":
     print("gpt train: model.n_head: wrong", file=sys.stderr, flush=True)
     sys.exit(2)
 print("a traceback", file=sys.stderr, flush=True)
-sys.exit(9 if os.environ["RANK"] == "1" else 0)
+if os.environ["RANK"] == "0":
+    time.sleep(60)
+if sys.argv[1] == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(9)
 """
+BEGINS = r"stages.train: rank 1 \(PID \d+\)"
+ENDS = r"after \d+ s; run again to continue; details in gpt_nano.log\n"
 
 
 def test_through_torchrun(place: Workspace) -> None:
+    """What a worker says reaches the person; of one that could not say anything, the wrapper does, in one line."""
     (place.folder / "worker.py").write_text(WORKER)
     place.environment |= {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{place.folder}", "PET_NPROC_PER_NODE": "2"}
     names = ("--checkpoint", "w.pt", "--params", "params.yaml", "--tokens", "tokens")
-    begun = [
+    refused, broken, killed = (
         place.start("train", "torchrun", "-m", "worker", kind, *names, "-S", f"train.seed={seed}")
-        for seed, kind in enumerate(("refuse", "break"))
-    ]
-    assert ended(begun[0], 2) == "gpt train: model.n_head: wrong\n"
-    err = ended(begun[1], 9)
-    assert "a traceback" in err
-    assert "exitcode  : 9" in err
-    assert "exitcode  : 9" in (place.folder / "gpt_nano.log").read_text()
-    (row,) = place.rows()
-    assert (row["status"], row["params"]["train.seed"]) == ("FAILED", "1")
+        for seed, kind in enumerate(("refuse", "break", "die"))
+    )
+    assert ended(refused, 2) == "gpt train: model.n_head: wrong\n"
+    assert re.fullmatch(f"(a traceback\n){{1,2}}{BEGINS} ended with exit code 9 {ENDS}", ended(broken, 9))
+    assert re.fullmatch(f"{BEGINS} was killed by SIGKILL {ENDS}", ended(killed, 137))
+    log = (place.folder / "gpt_nano.log").read_text()
+    for line in ("exitcode  : 9 ", "exitcode  : -9 ", "worker FAILED"):
+        assert line in log, "torchrun's own words are kept there"
+    rows = {row["params"]["train.seed"]: row["status"] for row in place.rows()}
+    assert rows == {"1": "FAILED", "2": "KILLED"}
 
 
 def test_the_follower_reads_each_line_once_and_notices_a_cut(tmp_path: Path) -> None:

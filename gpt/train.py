@@ -173,7 +173,12 @@ def _write(trainer: Trainer, outputs: Outputs, folder: RunFolder) -> None:
     folder.history.write_csv(outputs.history, outputs.validation)
     assert progress.best_loss is not None  # the last step, at the latest, is an evaluation
     train_loss = {record.step: record.train_loss for record in folder.history.records}[progress.best_step]
-    figures = {"train_loss": train_loss, "val_loss": progress.best_loss, "best_step": progress.best_step}
+    figures = {
+        "train_loss": train_loss,
+        "val_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "parameters": count_parameters(trainer.model),
+    }
     write_figures(outputs.metrics, figures)
     folder.drop_states()
     steps = f"step {progress.best_step:,} of {progress.step:,}"

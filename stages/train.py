@@ -108,6 +108,8 @@ class _Training:
         figures = _read(launch.option(self._command, "--metrics")) if done else {}
         name, tags = provenance()
         tags |= {"run.key": self.run.name} | ({"checkpoint.sha256": sha256} if sha256 else {})
+        if "parameters" in figures:
+            tags["parameters"] = str(figures["parameters"])
         return Record(
             stage="train",
             name=name or self.run.name[:7],

@@ -43,7 +43,7 @@ def test_train_leaves_whole_outputs_and_nothing_else(trained: Path) -> None:
     assert files == tables | {"params.yaml", "model.pt", "metrics/train.json", "gpt_nano.log"}
     figures = json.loads((trained / "metrics" / "train.json").read_text())
     about = load_checkpoint(trained / "model.pt").about
-    assert list(figures) == ["train_loss", "val_loss", "best_step"]
+    assert list(figures) == ["train_loss", "val_loss", "best_step", "parameters"]
     assert (figures["best_step"], figures["val_loss"]) == (about["step"], round(about["val_loss"], 4))
     header, *rows = (trained / "plots" / "history.csv").read_text().splitlines()
     assert header == "step,train_loss,learning_rate,grad_norm"

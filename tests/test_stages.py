@@ -41,6 +41,7 @@ def test_the_row_of_a_trained_model(done: Workspace) -> None:
         "git.commit": commit.stdout.strip(),
         "mlflow.source.git.commit": commit.stdout.strip(),
         "dvc.exp_name": "wise-owl",
+        "parameters": "99",
         "evaluate.batch_size": "8",
         "generate.prompts": '["ROMEO:"]',
     }

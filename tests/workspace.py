@@ -74,7 +74,7 @@ def train():
     write(value("--checkpoint"), plan.get("weights", "weights"))
     write(value("--history"), "step,train_loss\n")
     write(value("--validation"), "step,val_loss\n")
-    figures = {"val_loss": 1.5, "train_loss": 1.4, "best_step": 10}
+    figures = {"val_loss": 1.5, "train_loss": 1.4, "best_step": 10, "parameters": 99}
     write(value("--metrics"), json.dumps(figures))
 
 if "say" in plan:

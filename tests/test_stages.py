@@ -92,6 +92,7 @@ if verb == "train":
 elif verb == "evaluate":
     write(value("--metrics"), json.dumps({"loss": plan["loss"], "characters": 7}))
     write(value("--positions"), "position,loss\n1,2\n")
+    write(value("--calibration"), "probability,right\n1,1\n")
 else:
     write(value("--out"), "ROMEO: hm\n")
 """
@@ -139,10 +140,9 @@ class Workspace:
         return self.start("train", "python", "child.py", *words, *more, **plan)
 
     def evaluate(self, *more: str, **plan: object) -> "subprocess.Popen[str]":
-        names = ("--checkpoint", "w.pt", "--metrics", "m/evaluate.json", "--positions", "plots/positions.csv")
-        return self.start(
-            "evaluate", "python", "child.py", "evaluate", "--params", "params.yaml", *names, *more, **plan
-        )
+        names = ["--checkpoint", "w.pt", "--metrics", "m/evaluate.json", "--positions", "plots/positions.csv"]
+        names += ["--calibration", "plots/calibration.csv", "--params", "params.yaml"]
+        return self.start("evaluate", "python", "child.py", "evaluate", *names, *more, **plan)
 
     def generate(self, **plan: object) -> "subprocess.Popen[str]":
         words = ("generate", "--params", "params.yaml", "--checkpoint", "w.pt", "--out", "text.txt")
@@ -342,6 +342,7 @@ def test_the_artifacts_of_a_trained_model(done: Workspace) -> None:
         "train.json": (done.folder / "m/train.json").read_text(),
         "evaluate.json": '{"loss": 1.25, "characters": 7}',
         "positions.csv": "position,loss\n1,2\n",
+        "calibration.csv": "probability,right\n1,1\n",
         "text.txt": "ROMEO: hm\n",
     }
     assert logs["logs/train.log"] == f"2026-11-21 07:00:00 INFO train[{done.key[:8]}]: started\nand continued\n"
@@ -447,6 +448,7 @@ def test_a_checkpoint_without_a_row(place: Workspace) -> None:
     assert row["status"] == "FINISHED"
     assert row["tags"]["checkpoint.sha256"] == sha256_file(place.folder / "w.pt")
     assert sorted(row["artifacts"]) == [
+        "calibration.csv",
         "evaluate.json",
         "logs/evaluate.log",
         "logs/generate.log",
@@ -477,6 +479,7 @@ def test_a_server_that_is_down_costs_a_line_and_sync_publishes_later(place: Work
     (row,) = first
     assert {"eval_loss", "train_loss", "best_val_loss"} <= {metric["key"] for metric in row["data"]["metrics"]}
     assert row["files"] == [
+        "calibration.csv",
         "evaluate.json",
         "history.csv",
         "logs",

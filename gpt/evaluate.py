@@ -1,6 +1,7 @@
-"""Measure a checkpoint on the whole validation split, beside baselines that only count."""
+"""Measure a checkpoint: its predictions on the whole validation split, and what it writes word for word by heart."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,50 +10,69 @@ import pandas as pd
 import typer
 from pydantic import Field
 
+from gpt.calibration import Numbers, calibration_error, calibration_table, predictions
 from gpt.checkpoint import Checkpoint, load_checkpoint
 from gpt.command import LOG_FILE, Changes, LogFile, ParamsFile, logging_to, say
 from gpt.dataset import covering_windows
 from gpt.device import choose_device
 from gpt.errors import UserError
-from gpt.files import atomic_write, prepare_output, sha256_file, write_json
+from gpt.files import atomic_write, prepare_output, sha256_file, write_figures
+from gpt.memorisation import WINDOW, Copies, find_copies
+from gpt.model import GPT
 from gpt.params import Section, read_section
-from gpt.scoring import bigram_loss, losses, mean_by_position, uniform_loss, unigram_loss
+from gpt.sampling import sample_together
+from gpt.scoring import bigram_loss, mean_by_position, uniform_loss, unigram_loss
 from gpt.token_files import TokenData, load_tokens
+from gpt.tokenizer import CharTokenizer
+
+TEXTS = 8  # that the model writes side by side, to be searched for copies
+SHOWN = 60  # characters of the longest copy that a person gets to read
 
 
 class EvaluateParams(Section):
     """The section `evaluate`."""
 
     batch_size: int = Field(ge=1)
+    sample_characters: int = Field(ge=TEXTS * WINDOW)
+    seed: int = Field(ge=0)
     device: Literal["auto", "cpu", "cuda"]
 
 
-def evaluate(
-    *, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData
-) -> tuple[dict[str, float], pd.DataFrame]:
-    """Predict every token of the validation split once.
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: the figures worth comparing, two tables, and what a person reads, line by line."""
 
-    Returns:
-        The figures (losses in nats a token) and the table of the mean loss by position in the context.
-    """
+    figures: dict[str, float]
+    positions: pd.DataFrame
+    calibration: pd.DataFrame
+    summary: list[str]
+
+
+def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData) -> Evaluation:
+    """Predict every token of the validation split once; let the model write and search the training text for it."""
     device = choose_device(params.device, "evaluate.device")
+    model = checkpoint.build().to(device)
     windows = covering_windows(data, block_size=checkpoint.model.block_size, batch_size=params.batch_size)
-    by_batch = losses(checkpoint.build().to(device), windows, device)
+    by_batch, probability, right = predictions(model, windows, device)
     nats = math.fsum(float(batch.sum()) for batch in by_batch)
-    loss = nats / len(data.val)
-    size = data.meta.vocab_size
-    figures = {
-        "loss": loss,
-        "bits_per_character": nats / math.log(2) / data.meta.val_characters,
-        "perplexity": math.exp(loss),
-        "uniform_loss": uniform_loss(size),
-        "unigram_loss": unigram_loss(data.train, data.val, size),
-        "bigram_loss": bigram_loss(data.train, data.val, size),
-        "characters": data.meta.val_characters,
-    }
     means, counts = mean_by_position(by_batch)
-    positions = np.arange(1, len(means) + 1)
-    return figures, pd.DataFrame({"position": positions, "loss": means, "predictions": counts})
+    calibration = calibration_table(probability, right)
+    texts = _write(model, data.tokenizer, characters=params.sample_characters, seed=params.seed)
+    unseen = _real_texts(data, count=TEXTS, length=len(texts[0]))
+    corpus = data.tokenizer.decode(data.train.tolist())
+    copies, by_chance = find_copies(texts, corpus), find_copies(unseen, corpus)
+    figures = {
+        "bits_per_char": nats / math.log(2) / data.meta.val_characters,
+        "calibration_error": calibration_error(calibration),
+        "longest_copy": len(copies.longest),
+        "copied": copies.share,
+    }
+    return Evaluation(
+        figures,
+        pd.DataFrame({"position": np.arange(1, len(means) + 1), "loss": means, "predictions": counts}),
+        calibration,
+        [_losses(nats, data), _calibrated(right, figures["calibration_error"]), _copied(copies, by_chance)],
+    )
 
 
 def command(
@@ -61,6 +81,10 @@ def command(
     checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Trained model to measure.")],
     metrics: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go, as JSON.")],
     positions: Annotated[Path, typer.Option(metavar="FILE", help="Where the loss by position goes, as CSV.")],
+    calibration: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Where it goes how often the likeliest token is right, as CSV."),
+    ],
     changes: Changes = [],  # noqa: B006 (Typer copies it)
     log_file: LogFile = LOG_FILE,
 ) -> None:
@@ -68,7 +92,7 @@ def command(
     section = read_section(params, "evaluate", EvaluateParams, changes)
     loaded = load_checkpoint(checkpoint)
     with logging_to(log_file, "evaluate", sha256_file(checkpoint)[:8]):
-        for path in (metrics, positions):
+        for path in (metrics, positions, calibration):
             prepare_output(path)
         data = load_tokens(tokens)
         if data.tokenizer != loaded.tokenizer:
@@ -76,12 +100,49 @@ def command(
                 f"{tokens}: expected the {loaded.tokenizer.vocab_size} symbols that {checkpoint} was trained on, found "
                 f"{data.tokenizer.vocab_size} others; tokenize the same text again, or train on this one"
             )
-        figures, table = evaluate(params=section, checkpoint=loaded, data=data)
-        write_json(metrics, figures)
-        with atomic_write(positions) as file:
-            file.write(table.to_csv(index=False, lineterminator="\n").encode())
-        say(
-            f"loss {figures['loss']:.4f} nats, {figures['bits_per_character']:.3f} bits a character, perplexity "
-            f"{figures['perplexity']:.2f}; counting alone: bigram {figures['bigram_loss']:.3f}, unigram "
-            f"{figures['unigram_loss']:.3f}, uniform {figures['uniform_loss']:.3f}"
-        )
+        found = evaluate(params=section, checkpoint=loaded, data=data)
+        write_figures(metrics, found.figures)
+        for path, table in ((positions, found.positions), (calibration, found.calibration)):
+            with atomic_write(path) as file:
+                file.write(table.to_csv(index=False, lineterminator="\n").encode())
+        for line in found.summary:
+            say(line)
+
+
+def _write(model: GPT, tokenizer: CharTokenizer, *, characters: int, seed: int) -> list[str]:
+    """Texts by the model, each as if after a line end, that have so many characters together, or a few more."""
+    length = -(-characters // TEXTS)
+    tokens_BT = sample_together(model, [tokenizer.start], count=TEXTS, length=length, seed=seed)
+    return [tokenizer.decode(tokens_T) for tokens_T in tokens_BT.tolist()]
+
+
+def _real_texts(data: TokenData, *, count: int, length: int) -> list[str]:
+    """The first texts of so many characters in the validation split, fewer where it is short."""
+    beginning = data.tokenizer.decode(data.val[: count * length].tolist())
+    return [beginning[start : start + length] for start in range(0, len(beginning), length)]
+
+
+def _losses(nats: float, data: TokenData) -> str:
+    """The loss as a line, beside the losses of whoever only counts."""
+    loss, bits, size = nats / len(data.val), nats / math.log(2) / data.meta.val_characters, data.meta.vocab_size
+    return (
+        f"loss {loss:.4f} nats, {bits:.3f} bits a character, perplexity {math.exp(loss):.2f}; counting alone: bigram "
+        f"{bigram_loss(data.train, data.val, size):.3f}, unigram {unigram_loss(data.train, data.val, size):.3f}, "
+        f"uniform {uniform_loss(size):.3f}"
+    )
+
+
+def _calibrated(right: Numbers, error: float) -> str:
+    return (
+        f"the likeliest token is right {right.mean():.1%} of the time; from the stated probability this share differs "
+        f"by {error:.1%} on average"
+    )
+
+
+def _copied(copies: Copies, by_chance: Copies) -> str:
+    """How much of its training text the model repeats as a line, beside real text that does so by chance alone."""
+    return (
+        f"what the model writes: {copies.share:.1%} of all {WINDOW}-character windows stand in the training text "
+        f"(as much validation text: {by_chance.share:.1%}); longest copy {len(copies.longest):,} characters "
+        f"({len(by_chance.longest):,}): {copies.longest[:SHOWN]!r}{'…' if len(copies.longest) > SHOWN else ''}"
+    )

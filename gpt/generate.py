@@ -36,8 +36,7 @@ def texts(checkpoint: Checkpoint, params: GenerateParams) -> Iterator[tuple[str,
     """
     torch.set_num_threads(CPU_THREADS)  # no GPU: one token at a time is too little work for it, and its bits differ
     model, tokenizer = checkpoint.build(), checkpoint.tokenizer
-    start = tokenizer.encode("\n") if "\n" in tokenizer.vocabulary else [0]
-    encoded = [_encode(checkpoint, prompt) if prompt else start for prompt in params.prompts]
+    encoded = [_encode(checkpoint, prompt) if prompt else [tokenizer.start] for prompt in params.prompts]
     for number, (prompt, tokens) in enumerate(zip(params.prompts, encoded, strict=True)):
         for turn in range(params.samples):
             seed = params.seed + number * params.samples + turn

@@ -34,6 +34,25 @@ def sample(model: GPT, prompt: Sequence[int], params: SamplingParams, seed: int)
         yield tokens[-1]
 
 
+@torch.inference_mode()
+def sample_together(model: GPT, prompt: Sequence[int], *, count: int, length: int, seed: int) -> Tensor:
+    """Continue one prompt of at least one token several times side by side, which takes less time than in turn.
+
+    Drawn from the model's own probabilities (temperature 1). The same seed gives the same tokens.
+
+    Returns:
+        The new tokens alone, of shape (count, length).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = model.token_embedding.weight.device
+    tokens_BT = torch.tensor([list(prompt)] * count)
+    for _ in range(length):
+        logits_BV = model(tokens_BT[:, -model.params.block_size :].to(device))[:, -1].float().cpu()
+        drawn_B1 = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
+        tokens_BT = torch.cat([tokens_BT, drawn_B1], dim=1)
+    return tokens_BT[:, len(prompt) :]
+
+
 def keep_top_k(logits_V: Tensor, k: int | None) -> Tensor:
     """Rule out all but the k highest scores (Fan et al. 2018, section 5.4); None and a k over V keep all."""
     if k is None or k >= len(logits_V):

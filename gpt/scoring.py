@@ -1,6 +1,6 @@
 """How well a model predicts a text: the loss at every token of the validation split, each predicted once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,22 @@ Batch = tuple[Tensor, Tensor]
 @torch.inference_mode()
 def losses(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> list[Tensor]:
     """The loss of every prediction in nats, of shape (sequences, positions) for each batch, on the CPU in float64."""
+    return [loss_BT for loss_BT, _, _ in scored(model, batches, device)]
+
+
+def scored(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One batch after the other: its losses as `losses` gives them; its logits and its targets on the device.
+
+    Dropout is off meanwhile; the model's mode is put back at the end.
+    """
     was_training = model.training
     model.eval()
-    found = []
-    for inputs_BT, targets_BT in batches:
+    for inputs_BT, targets in batches:
+        targets_BT = targets.to(device)
         logits_BTV = model(inputs_BT.to(device))
-        loss = next_token_loss(logits_BTV, targets_BT.to(device), reduction="none")
-        found.append(loss.view(targets_BT.shape).double().cpu())
+        loss = next_token_loss(logits_BTV, targets_BT, reduction="none")
+        yield loss.view(targets_BT.shape).double().cpu(), logits_BTV, targets_BT
     model.train(was_training)
-    return found
 
 
 def uniform_loss(vocab_size: int) -> float:

@@ -31,6 +31,11 @@ class CharTokenizer:
         """Number of distinct tokens."""
         return len(self.vocabulary)
 
+    @property
+    def start(self) -> int:
+        """The token that a text without a beginning goes on from: a line end, or else the first symbol."""
+        return max(self.vocabulary.find("\n"), 0)
+
     def encode(self, text: str) -> Tokens:
         """Turn text into token numbers, shape (characters,).
 

@@ -9,7 +9,7 @@ from stages.publish import follow_up
 def main(command: list[str]) -> int:
     """Evaluate and publish; returns the command's exit code."""
     figures = launch.option(command, "--metrics")
-    paths = [figures, launch.option(command, "--positions")]
+    paths = [figures, *(launch.option(command, name) for name in ("--positions", "--calibration"))]
     return follow_up(
         "evaluate",
         command,

@@ -16,7 +16,7 @@ THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THR
 RENDEZVOUS = ("PET_RDZV_ENDPOINT", "PET_RDZV_BACKEND", "PET_MASTER_ADDR", "PET_NODE_RANK")
 
 _WORKER = re.compile(r"\brank\s*: (\d+).*?exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.DOTALL)
-_NOTES = re.compile(r"^[A-Z]\d{4} \S+ \d+ torch/distributed/elastic/.*\n", re.MULTILINE)
+_NOTES = re.compile(r"^[A-Z]\d{4} \S+ \d+ \S*torch/distributed/elastic/.*\n", re.MULTILINE)
 _END = re.compile(r"^E\d{4} .*failed \(exitcode: ", re.MULTILINE)  # then come torchrun's own traceback and its box
 
 

@@ -27,6 +27,7 @@ OUTPUTS = [
     "plots/history.csv",
     "plots/validation.csv",
     "plots/positions.csv",
+    "plots/calibration.csv",
     "data/tokens/train.bin",
     "dvc.lock",
 ]

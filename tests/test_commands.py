@@ -1,6 +1,7 @@
 """The commands as a person types them: what they leave behind, and the one line when something is wrong."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -65,12 +66,19 @@ def test_evaluate_repeats_the_training_figure(gpt: RunGpt, trained: Path, tokens
         "evaluate.json",
         "--positions",
         "positions.csv",
+        "--calibration",
+        "calibration.csv",
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "evaluate.json").read_text())
-    trained_figures = json.loads((trained / "metrics" / "train.json").read_text())
-    assert figures["loss"] == pytest.approx(trained_figures["val_loss"], abs=1e-4)
+    val_loss = load_checkpoint(trained / "model.pt").about["val_loss"]
+    assert list(figures) == ["bits_per_char", "calibration_error", "longest_copy", "copied"]
+    assert figures["bits_per_char"] == round(val_loss / math.log(2), 4)
+    assert f"loss {val_loss:.4f} nats" in done.stdout
     assert len((tmp_path / "positions.csv").read_text().splitlines()) == 1 + 32
+    header, *rows = (tmp_path / "calibration.csv").read_text().splitlines()
+    assert header == "probability,right,ideal,predictions"
+    assert 1 < len(rows) <= 10
 
 
 def test_generate_prints_as_it_comes(gpt: RunGpt, trained: Path) -> None:
@@ -177,6 +185,8 @@ def test_a_checkpoint_of_another_text_is_refused(gpt: RunGpt, trained: Path, tmp
         "m.json",
         "--positions",
         "p.csv",
+        "--calibration",
+        "c.csv",
     )
     assert done.returncode == 2
     assert "that" in only_line(done.stderr)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from gpt.checkpoint import load_checkpoint
 from gpt.command import logging_to
 from gpt.errors import StoppedError
+from gpt.evaluate import EvaluateParams, evaluate
 from gpt.history import Record
 from gpt.model import ModelParams
 from gpt.overfitting import Evaluation, Overfitting, find_overfitting
@@ -142,3 +144,16 @@ def test_a_text_long_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "validation loss" in said
     assert lines(said) == []
+
+
+def test_what_was_learnt_by_heart_is_found_in_what_the_model_writes(tmp_path: Path) -> None:
+    train_on("abcdefghij\n" * 100, tmp_path, steps=60)
+    found = evaluate(
+        params=EvaluateParams(batch_size=64, sample_characters=800, seed=1, device="cpu"),
+        checkpoint=load_checkpoint(tmp_path / "model.pt"),
+        data=load_tokens(tmp_path / "tokens"),
+    )
+    assert found.figures["longest_copy"] > 50
+    assert found.figures["copied"] > 0.5
+    assert "'abcdefghij\\nabcdefghij" in found.summary[-1]
+    assert "validation text: 100.0%" in found.summary[-1]

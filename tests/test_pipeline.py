@@ -60,7 +60,7 @@ def test_one_row_holds_all_of_the_model(project: Path) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, text=True, capture_output=True, check=True).stdout
     assert row.data.tags["git.commit"] == head.strip()
     figures = json.loads((project / "metrics" / "evaluate.json").read_text())
-    assert row.data.metrics["eval_loss"] == pytest.approx(figures["loss"])
+    assert row.data.metrics["eval_bits_per_char"] == figures["bits_per_char"]
     assert row.inputs is not None
     (dataset,) = row.inputs.dataset_inputs
     corpus_digest = json.loads((project / "data" / "tokens" / "meta.json").read_text())["corpus_sha256"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gpt.model import GPT, ModelParams
-from gpt.sampling import SamplingParams, keep_top_k, sample
+from gpt.sampling import SamplingParams, keep_top_k, sample, sample_together
+from gpt.tokenizer import CharTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +51,38 @@ def test_draws_follow_the_probabilities(model: GPT) -> None:
     draws = torch.tensor([next(sample(model, [2], params, seed)) for seed in range(2000)])
     shares = torch.bincount(draws, minlength=5) / 2000
     assert torch.allclose(shares, probabilities, atol=0.05)
+
+
+def test_side_by_side_every_sequence_follows_the_probabilities_of_its_own(model: GPT) -> None:
+    tokens_BT = sample_together(model, [2], count=3000, length=2, seed=1)
+    first, second = tokens_BT[:, 0], tokens_BT[:, 1]
+    expected = model(torch.tensor([[2]]))[0, -1].softmax(0)
+    assert torch.allclose(torch.bincount(first, minlength=5) / 3000, expected, atol=0.04)
+    frequent = [token for token in range(5) if (first == token).sum() > 100]
+    assert len(frequent) > 1
+    for token in frequent:
+        after = second[first == token]
+        expected = model(torch.tensor([[2, token]]))[0, -1].softmax(0)
+        assert torch.allclose(torch.bincount(after, minlength=5) / len(after), expected, atol=0.12)
+
+
+def test_side_by_side_the_same_seed_gives_the_same_texts_even_past_the_block(model: GPT) -> None:
+    first = sample_together(model, [0, 1], count=3, length=30, seed=1)
+    assert first.shape == (3, 30)
+    assert torch.equal(first, sample_together(model, [0, 1], count=3, length=30, seed=1))
+    assert not torch.equal(first, sample_together(model, [0, 1], count=3, length=30, seed=2))
+    assert len({tuple(tokens_T) for tokens_T in first.tolist()}) == 3
+
+
+def test_side_by_side_a_sequence_is_what_it_is_alone() -> None:
+    torch.manual_seed(0)
+    model = GPT(ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=4, dropout=0), vocab_size=5).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.7)  # so that every token of the context counts
+    alone = sample(model, [3], SamplingParams(max_new_tokens=40, temperature=1.0), seed=4)
+    assert sample_together(model, [3], count=1, length=40, seed=4).tolist() == [list(alone)]
+
+
+def test_a_text_starts_after_a_line_end_where_there_is_one() -> None:
+    assert CharTokenizer("\t\nab").start == 1
+    assert CharTokenizer("ab").start == 0

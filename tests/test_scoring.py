@@ -1,14 +1,16 @@
-"""Evaluation predicts every token once, and the baselines are what counting gives."""
+"""Evaluation predicts every token once, its figures are what they are called, and baselines are what counting gives."""
 
 import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpt.calibration import calibration_error, calibration_table, predictions
 from gpt.checkpoint import Checkpoint
 from gpt.dataset import MIN_BLOCKS, check_lengths, covering_windows, random_windows
 from gpt.errors import UserError
@@ -17,6 +19,8 @@ from gpt.model import GPT, ModelParams
 from gpt.scoring import bigram_loss, losses, mean_by_position, unigram_loss
 from gpt.token_files import Meta, TokenData
 from gpt.tokenizer import CharTokenizer
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("block_size", "batch_size"), [(7, 3), (32, 1000), (1, 64)])
@@ -52,7 +56,7 @@ def test_losses_do_not_depend_on_the_batches(data: TokenData) -> None:
     sums = []
     for batch_size in (1, 7, 1000):
         windows = covering_windows(data, block_size=16, batch_size=batch_size)
-        sums.append(sum(float(batch.sum()) for batch in losses(model, windows, torch.device("cpu"))))
+        sums.append(sum(float(batch.sum()) for batch in losses(model, windows, CPU)))
     assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
     assert model.training
 
@@ -70,17 +74,49 @@ def test_mean_by_position_by_hand() -> None:
     assert mean_by_position(batches) == ([4.0, 3.0], [3, 2])
 
 
-def test_figures_of_a_model_that_always_guesses(data: TokenData) -> None:
+def test_predictions_are_those_of_the_losses(data: TokenData) -> None:
+    torch.manual_seed(0)
+    model = GPT(ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0.5), data.meta.vocab_size)
+    torch.nn.init.normal_(model.token_embedding.weight, std=0.5)
+    windows = covering_windows(data, block_size=16, batch_size=50)
+    by_batch, probability, right = predictions(model, windows, CPU)
+    for one, other in zip(by_batch, losses(model, windows, CPU), strict=True):
+        assert torch.equal(one, other)
+    assert model.training
+    likely = torch.cat([batch.flatten() for batch in by_batch]).neg().exp().numpy()
+    assert len(likely) == len(probability) == len(right) == len(data.val)
+    assert likely[right] == pytest.approx(probability[right])  # the token that came was the likeliest
+    assert (likely[~right] <= probability[~right]).all()
+    assert 0 < right.sum() < len(right)
+
+
+def test_calibration_by_hand() -> None:
+    probability = np.array([0.15, 0.19, 1.0, 0.94, 0.3])
+    table = calibration_table(probability, np.array([True, False, True, True, False]))
+    columns = {"probability": [0.17, 0.3, 0.97], "right": [0.5, 0.0, 1.0], "ideal": [0.17, 0.3, 0.97]}
+    pd.testing.assert_frame_equal(table, pd.DataFrame({**columns, "predictions": [2, 1, 2]}))
+    assert calibration_error(table) == pytest.approx((2 * 0.33 + 0.3 + 2 * 0.03) / 5)
+
+
+def test_a_model_that_always_guesses(data: TokenData) -> None:
     params = ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0)
     model = GPT(params, data.meta.vocab_size)
     weights = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
     checkpoint = Checkpoint(params, data.tokenizer, weights, {})
-    figures, table = evaluate(params=EvaluateParams(batch_size=64, device="cpu"), checkpoint=checkpoint, data=data)
-    assert figures["loss"] == pytest.approx(math.log(data.meta.vocab_size)) == figures["uniform_loss"]
-    assert figures["perplexity"] == pytest.approx(data.meta.vocab_size)
-    assert figures["bits_per_character"] == pytest.approx(math.log2(data.meta.vocab_size))
-    assert figures["bigram_loss"] < figures["unigram_loss"] < figures["uniform_loss"]
-    assert table["predictions"].sum() == len(data.val) == figures["characters"]
+    settings = EvaluateParams(batch_size=64, sample_characters=240, seed=1, device="cpu")
+    found = evaluate(params=settings, checkpoint=checkpoint, data=data)
+    size = data.meta.vocab_size
+    assert found.figures["bits_per_char"] == pytest.approx(math.log2(size))
+    assert found.positions["predictions"].sum() == found.calibration["predictions"].sum() == len(data.val)
+    assert found.calibration["probability"].tolist() == pytest.approx([1 / size])
+    assert found.figures["copied"] == 0.0
+    assert 1 <= found.figures["longest_copy"] < 8
+    bigram, unigram, uniform = map(float, re.findall(r"(?:bigram|unigram|uniform) ([\d.]+)", found.summary[0]))
+    assert bigram < unigram < uniform == pytest.approx(math.log(size), abs=1e-3)
+    again = evaluate(params=settings, checkpoint=checkpoint, data=data)
+    assert (again.figures, again.summary) == (found.figures, found.summary)
+    other = settings.model_copy(update={"seed": 2})
+    assert evaluate(params=other, checkpoint=checkpoint, data=data).summary[-1] != found.summary[-1]
 
 
 def data_of(train: int, val: int) -> TokenData:

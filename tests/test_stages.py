@@ -84,6 +84,7 @@ def test_the_artifacts_of_a_trained_model(done: Workspace) -> None:
         "train.json": (done.folder / "m/train.json").read_text(),
         "evaluate.json": '{"loss": 1.25, "characters": 7}',
         "positions.csv": "position,loss\n1,2\n",
+        "calibration.csv": "probability,right\n1,1\n",
         "text.txt": "ROMEO: hm\n",
     }
     assert logs["logs/train.log"] == f"2026-11-21 07:00:00 INFO train[{done.key[:8]}]: started\nand continued\n"
@@ -189,6 +190,7 @@ def test_a_checkpoint_without_a_row(place: Workspace) -> None:
     assert row["status"] == "FINISHED"
     assert row["tags"]["checkpoint.sha256"] == sha256_file(place.folder / "w.pt")
     assert sorted(row["artifacts"]) == [
+        "calibration.csv",
         "evaluate.json",
         "logs/evaluate.log",
         "logs/generate.log",
@@ -219,6 +221,7 @@ def test_a_server_that_is_down_costs_a_line_and_sync_publishes_later(place: Work
     (row,) = first
     assert {"eval_loss", "train_loss", "best_val_loss"} <= {metric["key"] for metric in row["data"]["metrics"]}
     assert row["files"] == [
+        "calibration.csv",
         "evaluate.json",
         "history.csv",
         "logs",

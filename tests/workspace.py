@@ -86,6 +86,7 @@ if verb == "train":
 elif verb == "evaluate":
     write(value("--metrics"), json.dumps({"loss": plan["loss"], "characters": 7}))
     write(value("--positions"), "position,loss\n1,2\n")
+    write(value("--calibration"), "probability,right\n1,1\n")
 else:
     write(value("--out"), "ROMEO: hm\n")
 """
@@ -133,10 +134,9 @@ class Workspace:
         return self.start("train", "python", "child.py", *words, *more, **plan)
 
     def evaluate(self, *more: str, **plan: object) -> "subprocess.Popen[str]":
-        names = ("--checkpoint", "w.pt", "--metrics", "m/evaluate.json", "--positions", "plots/positions.csv")
-        return self.start(
-            "evaluate", "python", "child.py", "evaluate", "--params", "params.yaml", *names, *more, **plan
-        )
+        names = ["--checkpoint", "w.pt", "--metrics", "m/evaluate.json", "--positions", "plots/positions.csv"]
+        names += ["--calibration", "plots/calibration.csv", "--params", "params.yaml"]
+        return self.start("evaluate", "python", "child.py", "evaluate", *names, *more, **plan)
 
     def generate(self, **plan: object) -> "subprocess.Popen[str]":
         words = ("generate", "--params", "params.yaml", "--checkpoint", "w.pt", "--out", "text.txt")

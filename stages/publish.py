@@ -72,7 +72,10 @@ class Publisher:
             return
         with self.surviving(without_password(address(self._root))):
             self._not_before = time.monotonic() + PAUSE_S
-            self._store = self._store or connect(self._root)
+            if not self._store:
+                self._store = connect(self._root)
+                for run in record.unpublished(self._root):
+                    settle(self._store, run)
             action(self._store)
             self._not_before = 0.0
 
@@ -96,6 +99,15 @@ def brief(error: BaseException) -> str:
 def without_password(text: str) -> str:
     """A text that can be shown, if an address in it holds a user's name and password."""
     return re.sub(r"//[^/\s@]+@", "//", text)
+
+
+def settle(store: "Store", run: Path) -> None:
+    """Publish a run, as killed if its wrapper died; one whose wrapper is alive is left to it."""
+    if owned := record.claim(run):
+        with owned:
+            record.settle(run)
+            publish_run(store, run)
+            record.confirm_publication(run)
 
 
 def publish_run(store: "Store", run: Path) -> None:

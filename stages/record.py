@@ -3,12 +3,15 @@
 .runs/<key>/history.jsonl      the child's
 .runs/<key>/row/train.json     a Record; also evaluate.json and generate.json
 .runs/<key>/row/train/…        the small artifacts of that stage, under the names they have in MLflow
+.runs/<key>/row/unpublished    there from the row's opening until MLflow has all of the training
+.runs/<key>/row.lock           held by the wrapper that writes train.json, in that same time: see `claim`
 """
 
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +61,9 @@ def run_of_checkpoint(root: Path, sha256: str) -> Path | None:
 def prune(root: Path, *, current: Path, keep: int = RUNS_KEPT) -> None:
     """Delete the oldest run folders; never this one, never one that a running command holds."""
     for run in runs(root)[keep:]:
-        if run != current and not is_held(run):
-            shutil.rmtree(run, ignore_errors=True)
+        if run != current and not is_held(run) and (owned := claim(run)):
+            with owned:
+                shutil.rmtree(run, ignore_errors=True)
 
 
 def is_held(run: Path) -> bool:
@@ -93,15 +97,47 @@ def read(run: Path, stage: str) -> Record | None:
         return None
 
 
+def claim(run: Path, *, wait_s: float = 0) -> AbstractContextManager[object] | None:
+    """The right to write train.json and to publish it, or nothing while another process has it.
+
+    A wrapper takes it before its record says RUNNING and keeps it until MLflow has the last word of the training, so
+    that whoever gets it knows: the wrapper behind a record that says RUNNING is dead. The lock of the training itself
+    tells less, for it is free when the wrapper still publishes, and looking at it could make a training wait.
+    """
+    try:
+        return FileLock(run / "row.lock").acquire(timeout=wait_s)
+    except Timeout:
+        return None
+
+
+def expect_publication(run: Path) -> None:
+    """Note that the row of this run is about to be behind the run; needs the claim."""
+    (run / "row").mkdir(parents=True, exist_ok=True)
+    _note(run).touch()
+
+
+def confirm_publication(run: Path) -> None:
+    """Note that MLflow has all of this run; needs the claim."""
+    _note(run).unlink(missing_ok=True)
+
+
+def unpublished(root: Path) -> list[Path]:
+    """The run folders whose training is under way, or was left by its wrapper before MLflow had all of it."""
+    return [run for run in runs(root) if _note(run).exists()]
+
+
 def settle(run: Path) -> None:
-    """Correct the record of a training whose wrapper was killed: it says running, and nobody holds the folder."""
+    """Correct the record of a training whose wrapper was killed: it still says running. Needs the claim."""
     train = read(run, "train")
-    if train and train.status == "RUNNING" and not is_held(run):
+    if train and train.status == "RUNNING":
         history = run / "history.jsonl"
         ended = history.stat().st_mtime if history.exists() else train.ended
-        write_json(
-            run / "row" / "train.json", train.model_copy(update={"status": "KILLED", "ended": ended}).model_dump()
-        )
+        killed = train.model_copy(update={"status": "KILLED", "ended": ended})
+        write_json(run / "row" / "train.json", killed.model_dump())
+
+
+def _note(run: Path) -> Path:
+    return run / "row" / "unpublished"
 
 
 def artifacts(run: Path, stage: str) -> Iterator[tuple[str, Path]]:

@@ -6,7 +6,7 @@ A checkpoint is uploaded where the file with that content still lies where it wa
 import sys
 
 from stages import launch, record
-from stages.publish import address, brief, connect, publish_run, without_password
+from stages.publish import address, brief, connect, settle, without_password
 
 
 def main(_arguments: list[str]) -> int:
@@ -17,8 +17,7 @@ def main(_arguments: list[str]) -> int:
         store = connect(root)
         published = [run for run in reversed(record.runs(root)) if record.read(run, "train")]
         for run in published:
-            record.settle(run)
-            publish_run(store, run)
+            settle(store, run)
     except Exception as error:  # MLflow raises of its own, requests', SQLAlchemy's, alembic's …
         print(f"stages.sync: {store_address}: {brief(error)}; run this again later", file=sys.stderr)
         return 1

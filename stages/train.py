@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from stages.tracking import Row, Store
 
 PARAMS = ("download", "tokenize", "model", "train")  # the sections that make a trained model, on the row as params
+CLAIM_S = 5  # a run of the same key that has just ended needs about as long to publish
 FIGURES = {"val_loss": "best_val_loss", "best_step": "best_step"}  # those of metrics/train.json without a line by step
 
 
@@ -67,7 +69,7 @@ class _Training:
         self._publisher = Publisher("train", root)
         self._history = self.run / "history.jsonl"
         self._before = _stamp(self._history)
-        self._opened = False
+        self._claim: AbstractContextManager[object] | None = None  # held from the opening on, until this process ends
         self._live: tuple[Row, Follower] | None = None
 
     def follow(self) -> None:
@@ -75,21 +77,31 @@ class _Training:
 
         A command that refuses its input writes no history: it leaves the row of an earlier run as it is.
         """
-        if not self._opened and _stamp(self._history) != self._before:
-            self._opened = True
+        if not self._claim and _stamp(self._history) != self._before:
             with self._publisher.surviving(self.run):
-                record.save(self.run, self._record("RUNNING"), {})
-        self._publisher.attempt(self._replay if self._opened else lambda _store: None)
+                self._claim = record.claim(self.run)
+                if self._claim:
+                    record.expect_publication(self.run)
+                    record.save(self.run, self._record("RUNNING"), {})
+            self._before = _stamp(self._history)  # if not ours, it was moved by a run of the same key that we wait for
+        self._publisher.attempt(self._replay if self._claim else lambda _store: None)
 
     def end(self, code: int) -> None:
         """Write down how it ended and publish all of it; then the oldest run folders go."""
-        moved = self._opened or _stamp(self._history) != self._before
+        moved = self._claim or _stamp(self._history) != self._before
         refused = code == 2 or record.read(self.run, "train")  # or failed before it touched an earlier run's history
         with self._publisher.surviving(self.run):
             if moved or not refused:
+                self._claim = self._claim or record.claim(self.run, wait_s=CLAIM_S)
+            if self._claim:
+                record.expect_publication(self.run)
                 record.save(self.run, self._record(launch.status_of(code)), self._artifacts(code))
-                self._publisher.attempt(lambda store: publish_run(store, self.run), last=True)
+                self._publisher.attempt(self._publish, last=True)
             record.prune(self._root, current=self.run)
+
+    def _publish(self, store: "Store") -> None:
+        publish_run(store, self.run)
+        record.confirm_publication(self.run)
 
     def _replay(self, store: "Store") -> None:
         live, self._live = self._live, None  # after a failure all is read again; the row knows which steps it has

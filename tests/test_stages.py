@@ -5,12 +5,14 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import requests
 
 from gpt.files import sha256_file
@@ -18,7 +20,7 @@ from stages.history import Follower
 from stages.launch import option, options, status_of
 from stages.log import append_failure, part_of_log
 from stages.record import is_held, prune
-from tests.workspace import PARAMS, REPOSITORY, Row, Workspace, ended, is_alive, latest, steps, wait_for
+from tests.workspace import PARAMS, REPOSITORY, Row, Workspace, ended, latest, steps, wait_for
 
 
 def test_two_first_runs_at_once_make_one_sound_store(server: str, fresh: tuple[Workspace, list[str]]) -> None:
@@ -136,25 +138,35 @@ def test_every_step_once_after_a_kill_and_a_rerun(place: Workspace) -> None:
     assert set(killed["metrics"]) <= set(row["metrics"])
 
 
-def test_signals_and_no_orphans(tmp_path: Path, empty_store: Path) -> None:
-    asked, killed = Workspace(tmp_path / "asked", empty_store), Workspace(tmp_path / "killed", empty_store)
-    places = (asked, killed)
-    wrappers = [place.train(steps=1, hang=True) for place in places]
-    for place in places:
-        wait_for(lambda place=place: (place.folder / "ready").exists() and place.rows())  # type: ignore[misc]
-    wrappers[0].send_signal(signal.SIGINT)
-    pid = killed.child()["pid"]
-    assert is_alive(pid)
-    wrappers[1].kill()
-    wait_for(lambda: not is_alive(pid), seconds=3)
-    assert wrappers[0].poll() is None, "Ctrl-C is the child's to answer"
-    wrappers[0].send_signal(signal.SIGTERM)
-    wrappers[1].communicate()
-    assert killed.rows()[0]["status"] == "RUNNING"
-    sync = killed.sync()
-    assert ended(wrappers[0], 75) == "stages.train: stopped by SIGTERM\n"
-    ended(sync)
-    assert [place.rows()[0]["status"] for place in places] == ["KILLED", "KILLED"]
+def test_signals_no_orphans_and_no_row_left_running(place: Workspace) -> None:
+    """The next command sees to the rows of wrappers that were killed, and leaves those of living ones alone."""
+    wrappers = [place.train("-S", f"train.seed={seed}", steps=1, hang=True) for seed in range(3)]
+    asked, killed, late = wrappers
+
+    def status() -> list[str]:
+        return [row["status"] for row in sorted(place.rows(), key=lambda row: str(row["params"].get("train.seed")))]
+
+    wait_for(lambda: [steps(row, "train_loss") for row in place.rows()] == [[0]] * 3)
+    asked.send_signal(signal.SIGINT)
+    (child,) = psutil.Process(killed.pid).children()
+    killed.kill()
+    psutil.wait_procs([child], timeout=3)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    with closing(sqlite3.connect(place.folder / "mlflow.db", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")  # so that what it writes down at its end cannot be published any more
+        late.send_signal(signal.SIGTERM)
+        wait_for(lambda: any('"KILLED"' in path.read_text() for path in place.folder.glob(".runs/*/row/train.json")))
+        late.kill()
+    for wrapper in (killed, late):
+        wrapper.communicate()
+    assert status() == ["RUNNING", "RUNNING", "RUNNING"]
+    (place.folder / "w.pt").write_text("from elsewhere")
+    ended(place.evaluate())
+    assert status() == ["RUNNING", "KILLED", "KILLED", "FINISHED"]
+    assert asked.poll() is None, "Ctrl-C is the child's to answer"
+    asked.send_signal(signal.SIGTERM)
+    assert ended(asked, 75) == "stages.train: stopped by SIGTERM\n"
+    assert status() == ["KILLED", "KILLED", "KILLED", "FINISHED"]
 
 
 def test_a_store_that_comes_back_before_the_end_gets_everything(place: Workspace) -> None:

@@ -196,23 +196,16 @@ def latest(row: Row) -> dict[str, float]:
 
 def ended(process: "subprocess.Popen[str]", code: int = 0) -> str:
     """Wait for a wrapper; returns its stderr."""
-    out, err = process.communicate(timeout=40)
+    out, err = process.communicate(timeout=90)
     assert process.returncode == code, (process.returncode, out, err)
     return err
 
 
-def wait_for(what: Callable[[], object], seconds: float = 15) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
     limit = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < limit, "waited in vain"
         time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,8 @@ from tests.pipeline import clone, set_processes
 OUTPUTS = ["chargpt_nano.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv", "dvc.lock"]
 ORPHANS_GONE_S = 10
 STEPS = 250
+IN_TRAINING = 0.6  # share of the kills
+TRAINING_S = 6
 EARLY = 0.8  # of an undisturbed run: what was continued ends sooner
 TARGETS = ("everything", "dvc", "wrapper", "torchrun", "rank")
 
@@ -92,9 +95,11 @@ def one_round(
     for _ in range(kills):
         target = chance.choice(TARGETS)
         running = repro(project, "train")
-        deadline = time.monotonic() + chance.random() * seconds * EARLY
-        while time.monotonic() < deadline and running.poll() is None:
-            time.sleep(0.005)
+        if chance.random() < IN_TRAINING:  # much of the rest is dvc's and torch's start
+            wait(running, seconds, lambda: any(project.glob(".runs/*/lock.json")))
+            wait(running, chance.random() * TRAINING_S)
+        else:
+            wait(running, chance.random() * seconds * EARLY)
         if not kill(running, target, chance):
             break  # it came to its end before
         killed[target] += 1
@@ -108,6 +113,13 @@ def one_round(
         differing = [name for name, content in contents(project).items() if content != whole[name]]
         print(f"DIFFERENT: exit {last}, {differing or 'the row'}; kept in {kept}")
     return killed, log.count("continuing after step"), same
+
+
+def wait(running: "subprocess.Popen[bytes]", seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+    """Let it run for some seconds, or until something has come about, or to its end."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and running.poll() is None and not until():
+        time.sleep(0.005)
 
 
 def repro(project: Path, stage: str) -> "subprocess.Popen[bytes]":

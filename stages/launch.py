@@ -32,6 +32,8 @@ def enter(stage: str, main: Callable[[list[str]], int]) -> NoReturn:
     """Run a stage on this process's arguments; a person's mistake becomes one line and exit code 2."""
     if "DVC_STAGE" in os.environ:
         _end_with_parent()  # dvc killed by SIGKILL would leave us, and a second `dvc repro` would start beside us
+        if os.getpgid(os.getppid()) != os.getpgrp():  # it was killed before the line above: we have been adopted
+            os._exit(1)
     try:
         code = main(sys.argv[1:])
     except UserError as error:

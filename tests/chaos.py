@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -94,9 +95,9 @@ def one_round(
     killed: Counter[str] = Counter()
     for _ in range(kills):
         target = chance.choice(TARGETS)
-        running = repro(project, "train")
+        running, began = repro(project, "train"), time.time()
         if chance.random() < IN_TRAINING:  # much of the rest is dvc's and torch's start
-            wait(running, seconds, lambda: any(project.glob(".runs/*/lock.json")))
+            wait(running, 4 * seconds, partial(training_since, project, began))
             wait(running, chance.random() * TRAINING_S)
         else:
             wait(running, chance.random() * seconds * EARLY)
@@ -113,6 +114,11 @@ def one_round(
         differing = [name for name, content in contents(project).items() if content != whole[name]]
         print(f"DIFFERENT: exit {last}, {differing or 'the row'}; kept in {kept}")
     return killed, log.count("continuing after step"), same
+
+
+def training_since(project: Path, moment: float) -> bool:
+    """Whether a run has taken its lock after some moment."""
+    return any(path.stat().st_mtime > moment for path in project.glob(".runs/*/lock.json"))
 
 
 def wait(running: "subprocess.Popen[bytes]", seconds: float, until: Callable[[], bool] = lambda: False) -> None:
@@ -145,7 +151,7 @@ def kill(running: "subprocess.Popen[bytes]", target: str, chance: random.Random)
         running.poll()
         _, alive = psutil.wait_procs(tree, timeout=ORPHANS_GONE_S)
         alive = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-        assert not alive, f"orphans after killing {target}: {alive}"
+        assert not alive, f"orphans after killing {target}: {[process.cmdline() for process in alive]}"
     running.wait()
     return bool(victims)
 

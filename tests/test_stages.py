@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import psutil
+import pytest
 import requests
 
 from gpt.files import sha256_file
@@ -20,6 +21,7 @@ from stages.history import Follower
 from stages.launch import option, options, status_of
 from stages.log import append_failure, part_of_log
 from stages.record import is_held, prune
+from tests.conftest import environment
 from tests.workspace import PARAMS, REPOSITORY, Row, Workspace, ended, latest, steps, wait_for
 
 
@@ -167,6 +169,18 @@ def test_signals_no_orphans_and_no_row_left_running(place: Workspace) -> None:
     asked.send_signal(signal.SIGTERM)
     assert ended(asked, 75) == "stages.train: stopped by SIGTERM\n"
     assert status() == ["KILLED", "KILLED", "KILLED", "FINISHED"]
+
+
+@pytest.mark.parametrize(("left", "begins"), [("; true", True), ("&", False)], ids=["dvc waits", "dvc is gone"])
+def test_a_stage_that_dvc_did_not_live_to_see_does_not_begin(tmp_path: Path, left: str, begins: bool) -> None:
+    """Killed while Python was still starting, dvc could leave a stage that nobody ends."""
+    stage = f"{sys.executable} -m stages.generate sh -c 'touch ran' --checkpoint w.pt --out text.txt"
+    variables = environment(DVC_STAGE="generate", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    shell = subprocess.Popen(
+        ["sh", "-c", f"{stage} {left}"], cwd=tmp_path, env=variables, start_new_session=True, stderr=subprocess.PIPE
+    )
+    shell.communicate(timeout=60)  # until the stage, too, has closed its end
+    assert (tmp_path / "ran").exists() == begins
 
 
 def test_a_store_that_comes_back_before_the_end_gets_everything(place: Workspace) -> None:

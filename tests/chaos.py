@@ -112,7 +112,8 @@ def one_round(
         kept = Path(tempfile.mkdtemp(prefix="chargpt-chaos-failed-"))
         shutil.copytree(project, kept, dirs_exist_ok=True)
         differing = [name for name, content in contents(project).items() if content != whole[name]]
-        print(f"DIFFERENT: exit {last}, {differing or 'the row'}; kept in {kept}")
+        said = (project.parent / "said.txt").read_text()[-1000:]
+        print(f"DIFFERENT: exit {last}, {differing or 'the row'}; kept in {kept}; said last: {said}")
     return killed, log.count("continuing after step"), same
 
 
@@ -130,7 +131,7 @@ def wait(running: "subprocess.Popen[bytes]", seconds: float, until: Callable[[],
 
 def repro(project: Path, stage: str) -> "subprocess.Popen[bytes]":
     """Start `dvc repro` up to a stage, quietly."""
-    command = [str(Path(sys.executable).with_name("dvc")), "repro", "--quiet", stage]
+    command = [str(Path(sys.executable).with_name("dvc")), "repro", stage]
     variables = environment(PYTHONPATH="")
     with (project.parent / "said.txt").open("ab") as said:
         return subprocess.Popen(command, cwd=project, env=variables, stdout=said, stderr=said, start_new_session=True)

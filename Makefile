@@ -12,6 +12,7 @@ help: ## List the targets
 
 repro: $(VENV)/checked ## Install, check params.yaml, run the pipeline: from nothing to a trained, measured, tracked model
 	dvc repro
+	python -m stages.sync || true  # a tracking server that is down costs a line, not the build
 
 test: $(VENV)/test ## Install with the test extras and run the tests
 	python -m pytest -m "not proof"
@@ -36,7 +37,7 @@ clean: ## Delete what can be made again: environment, outputs, caches; runs and 
 	find gpt stages benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 pictures: $(VENV)/pipeline ## Draw the pictures of the README from the pipeline's outputs
-	python docs/pictures.py
+	python -m docs.pictures
 
 lock: $(VENV)/test ## Write the exact versions of this environment into requirements.lock
 	{ echo '# Exact public versions that every `make` target installs, as constraints. Written by: make lock'; \

@@ -1,5 +1,8 @@
 """`python -m stages.evaluate COMMAND…`: run the evaluating command and publish its figures on the checkpoint's row."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from gpt.files import read_json
 from stages import launch
 from stages.edits import refusing
@@ -8,14 +11,21 @@ from stages.publish import follow_up
 
 def main(command: list[str]) -> int:
     """Evaluate and publish; returns the command's exit code."""
-    figures = launch.option(command, "--metrics")
-    paths = [figures, *(launch.option(command, name) for name in ("--positions", "--calibration"))]
+    figures, positions = launch.option(command, "--metrics"), launch.option(command, "--positions")
+    calibration = next((Path(path) for path in launch.options(command, "--calibration")), None)
     return follow_up(
         "evaluate",
         command,
-        files={path.name: path for path in paths},
+        files={path.name: path for path in (figures, positions, calibration) if path},
         metrics=lambda: {f"eval_{name}": float(value) for name, value in read_json(figures).items()},
+        pictures=lambda: _pictures(positions, calibration),
     )
+
+
+def _pictures(positions: Path, calibration: Path | None) -> Iterable[tuple[str, bytes]]:
+    from stages.pictures import of_evaluation  # noqa: PLC0415 (half a second, spent while the command ran)
+
+    return of_evaluation(positions, calibration)
 
 
 if __name__ == "__main__":

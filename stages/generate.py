@@ -8,7 +8,7 @@ from stages.publish import follow_up
 def main(command: list[str]) -> int:
     """Generate and publish; returns the command's exit code."""
     text = launch.option(command, "--out")
-    return follow_up("generate", command, files={text.name: text}, metrics=dict)
+    return follow_up("generate", command, files={text.name: text})
 
 
 if __name__ == "__main__":

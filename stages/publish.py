@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +20,13 @@ from gpt.params import read_params
 from gpt.web import shown
 from stages import launch, log, record
 from stages.history import Follower
+from stages.page import page
 from stages.record import Record
 
 if TYPE_CHECKING:
-    from stages.tracking import Store
+    from stages.tracking import Row, Store
+
+Draw = Callable[[], Iterable[tuple[str, bytes]]]  # makes pictures: names and PNGs
 
 PAUSE_S = 30  # between two attempts to reach a store that failed
 # MLflow's own settings let a silent server block for four minutes.
@@ -101,50 +106,90 @@ def without_password(text: str) -> str:
     return re.sub(r"//[^/\s@]+@", "//", text)
 
 
-def settle(store: "Store", run: Path) -> None:
-    """Publish a run, as killed if its wrapper died; one whose wrapper is alive is left to it."""
+def settle(store: "Store", run: Path) -> bool:
+    """Publish a run, as killed if its wrapper died, and say whether that was needed; leave it to a living wrapper."""
+    changed = False
     if owned := record.claim(run):
         with owned:
             record.settle(run)
-            publish_run(store, run)
+            changed = publish_run(store, run)
             record.confirm_publication(run)
+    return changed
 
 
-def publish_run(store: "Store", run: Path) -> None:
-    """Make the row of a run folder equal to the folder; does nothing where it is."""
+def publish_run(store: "Store", run: Path) -> bool:
+    """Make the row of a run folder equal to the folder; returns whether it was not."""
     train = record.read(run, "train")
     if not train:
-        return
+        return False
     row = store.row("run.key", run.name, train)
-    if not row.has(run, train):
-        row.replay(Follower(run / "history.jsonl").news())
-        row.finish(train)  # before the mark that `publish` leaves, which says that nothing is missing
-    for stage in ("train", "evaluate", "generate"):
+    for history in record.HISTORIES:
+        row.replay(Follower(run / history).news())
+    for stage in record.STAGES:
         if part := record.read(run, stage):
             row.publish(run, part)
+    _describe(store, row, run)
+    row.finish(train)
+    return row.changed
 
 
+def _describe(store: "Store", row: "Row", run: Path) -> None:
+    """Bring the page up to date; one at a time, so that a command which has read less never has the last word."""
+    with store.locked():
+        row.describe(page(run, row.id))
+
+
+@cache  # a person may commit something else while a training goes on
 def provenance() -> tuple[str, dict[str, str]]:
     """A row's name, the DVC experiment's or the short commit, and the tags that say where it comes from."""
-    experiment = os.environ.get("DVC_EXP_NAME", "")
-    commit = ""
-    with suppress(OSError):  # no git here
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip()
-    tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "dvc.exp_name": experiment}
+    experiment, commit = os.environ.get("DVC_EXP_NAME", ""), _git("rev-parse", "HEAD")
+    changed = ", ".join(_git("diff", "--name-only", "HEAD", "--", "*.py", "dvc.yaml").splitlines())
+    tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "git.changed": changed}
+    tags["dvc.exp_name"] = experiment
     with suppress(OSError, KeyError):  # a user without a name
         tags["mlflow.user"] = getpass.getuser()
     return experiment or commit[:7], {name: value for name, value in tags.items() if value}
 
 
+def _git(*words: str) -> str:
+    """What git answers; nothing where there is no git or no repository."""
+    try:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def prepare_drawing() -> None:
+    """Import matplotlib, which takes half a second; to be called while a command runs."""
+    with suppress(Exception):  # `drawn` will say so
+        import_module("stages.pictures")
+
+
+def drawn(stage: str, pictures: Draw) -> dict[str, bytes]:
+    """Pictures by their names in MLflow; one that cannot be drawn costs a line, and those after it."""
+    found: dict[str, bytes] = {}
+    try:
+        for name, content in pictures():
+            found[f"pictures/{name}"] = content
+    except Exception as error:  # matplotlib's, a table's …
+        print(f"stages.{stage}: not all pictures are drawn: {brief(error)}", file=sys.stderr)
+    return found
+
+
 def follow_up(
-    stage: str, command: list[str], *, files: Mapping[str, Path], metrics: Callable[[], Mapping[str, float]]
+    stage: str,
+    command: list[str],
+    *,
+    files: Mapping[str, Path],
+    metrics: Callable[[], Mapping[str, float]] = dict,
+    pictures: Draw | None = None,
 ) -> int:
     """Run a command that looks at a checkpoint, then publish what it wrote on the row of that checkpoint.
 
     Args:
         files: the artifacts that the command writes, by their names in MLflow.
         metrics: reads the figures that it wrote.
+        pictures: draws what it wrote, by the pictures' names.
 
     Returns:
         The command's exit code.
@@ -157,14 +202,21 @@ def follow_up(
     log_file = launch.option(command, "--log-file")
     publisher = Publisher(stage, root)
     read = settings(command, stage)  # now: somebody may edit the file while it runs
-    code = launch.run(command, stage=stage, about=sha256, log_file=log_file, meanwhile=publisher.attempt)
+
+    def meanwhile() -> None:
+        publisher.attempt()
+        if pictures:
+            prepare_drawing()
+
+    code = launch.run(command, stage=stage, about=sha256, log_file=log_file, meanwhile=meanwhile)
     if code:
         return code
     with publisher.surviving("its results"), tempfile.TemporaryDirectory() as nowhere:
         found = _record(stage, read, began, sha256, metrics())
         run = record.run_of_checkpoint(root, sha256)
-        part = log.part_of_log(log_file, log.frame(stage, sha256))
-        record.save(run or Path(nowhere), found, {**files, f"logs/{stage}.log": part})
+        part = {f"logs/{stage}.log": log.part_of_log(log_file, log.frame(stage, sha256))}
+        shown_too = drawn(stage, pictures) if pictures else {}
+        record.save(run or Path(nowhere), found, {**files, **part, **shown_too})
         publisher.attempt(lambda store: _publish_follow_up(store, run, Path(nowhere), found), last=True)
     return code
 
@@ -193,13 +245,15 @@ def _record(stage: str, read: Mapping[str, str], began: float, sha256: str, metr
 
 
 def _publish_follow_up(store: "Store", run: Path | None, nowhere: Path, found: Record) -> None:
-    """Publish on the checkpoint's row; without one, rebuild it from its run folder, or open one of that tag alone."""
+    """Publish on the row of the checkpoint's run, opened where it is missing, or on one of the checkpoint alone."""
     sha256 = found.tags["checkpoint.sha256"]
-    row = store.find("checkpoint.sha256", sha256)
-    if row:
-        row.publish(run or nowhere, found)
+    if run and (row := store.find("run.key", run.name)):
+        row.publish(run, found)
+        _describe(store, row, run)
     elif run:
         publish_run(store, run)
+    elif row := store.find("checkpoint.sha256", sha256):  # of a run whose folder is gone, or of none
+        row.publish(nowhere, found)
     else:
         row = store.row("checkpoint.sha256", sha256, found)
         row.finish(found)

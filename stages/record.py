@@ -1,7 +1,8 @@
 """What a stage leaves in the run folder for MLflow, so that its row can be rebuilt from files at any time.
 
 .runs/<key>/history.jsonl      the child's
-.runs/<key>/row/train.json     a Record; also evaluate.json and generate.json
+.runs/<key>/system.jsonl       the wrapper's: what the machine was doing
+.runs/<key>/row/train.json     a Record; also evaluate.json, generate.json and lock.json (of `stages.sync`)
 .runs/<key>/row/train/…        the small artifacts of that stage, under the names they have in MLflow
 .runs/<key>/row/unpublished    there from the row's opening until MLflow has all of the training
 .runs/<key>/row.lock           held by the wrapper that writes train.json, in that same time: see `claim`
@@ -22,6 +23,8 @@ from gpt.errors import UserError
 from gpt.files import canonical_json, read_json, sha256_file, write_json
 
 RUNS_KEPT = 20
+HISTORIES = ("history.jsonl", "system.jsonl")  # figures by step
+STAGES = ("train", "evaluate", "generate", "lock")  # the last is not DVC's: what `stages.sync` adds
 
 
 class Record(BaseModel):
@@ -36,6 +39,8 @@ class Record(BaseModel):
     name: str = ""  # the row's; of the stage that opens it
     checkpoint: str = ""  # SHA-256
     checkpoint_file: str = ""  # where it lay, seen from the workspace; too large to be kept a second time
+    checkpoint_md5: str = ""  # DVC's name for that content, in its cache and in dvc.lock
+    changes: list[str] = []  # what the command was given beside the params file, as `section.key=value`
     tags: dict[str, str] = {}
     params: dict[str, str] = {}
     metrics: dict[str, float] = {}
@@ -75,15 +80,15 @@ def is_held(run: Path) -> bool:
         return True
 
 
-def save(run: Path, record: Record, artifacts: Mapping[str, Path | str]) -> None:
-    """Write a stage's record, and its artifacts, each copied from a file or given as text."""
+def save(run: Path, record: Record, artifacts: Mapping[str, Path | str | bytes]) -> None:
+    """Write a stage's record, and its artifacts, each copied from a file or given as it is."""
     folder = run / "row" / record.stage
     shutil.rmtree(folder, ignore_errors=True)
     for name, content in artifacts.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            target.write_text(content, encoding="utf-8")
+        if isinstance(content, str | bytes):
+            target.write_bytes(content.encode() if isinstance(content, str) else content)
         elif content.is_file():
             shutil.copyfile(content, target)
     write_json(run / "row" / f"{record.stage}.json", record.model_dump())
@@ -148,15 +153,17 @@ def artifacts(run: Path, stage: str) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(folder).as_posix(), path
 
 
-def digest(run: Path, record: Record) -> str:
-    """SHA-256 of all that a record brings to the row: itself, its artifacts, and for training the history."""
-    history = run / "history.jsonl"
-    content = {
-        "record": record.model_dump(),
-        "artifacts": {name: sha256_file(path) for name, path in artifacts(run, record.stage)},
-        "history": sha256_file(history) if record.stage == "train" and history.exists() else "",
-    }
+def digest(run: Path, stage: str) -> str:
+    """SHA-256 of all artifacts that a stage saved, with their names."""
+    content = {name: sha256_file(path) for name, path in artifacts(run, stage)}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def places_of_checkpoint(record: Record) -> list[Path]:
+    """The files that may still hold a training's checkpoint: the one it wrote, and DVC's copy in its cache."""
+    md5 = record.checkpoint_md5
+    cached = main_workspace() / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
+    return [path for path in (Path(record.checkpoint_file), cached) if path.is_file()]
 
 
 def flatten(params: Mapping[str, Any], sections: Sequence[str]) -> dict[str, str]:

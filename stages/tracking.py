@@ -3,10 +3,13 @@
 Importing it takes more than a second: stages do so while their child already runs (`stages.publish.connect`).
 """
 
+import hashlib
 import logging
+import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,13 +19,14 @@ from mlflow.tracking import MlflowClient
 
 from gpt.files import canonical_json, sha256_file
 from stages.history import Point
-from stages.record import Record, artifacts, digest
+from stages.record import Record, artifacts, digest, places_of_checkpoint
 
 EXPERIMENT = "chargpt"
 METRICS_PER_BATCH, ITEMS_PER_BATCH = 1000, 100  # limits of MLflow, as those below
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36
 T = TypeVar("T")
 SQLITE = "sqlite:///"
+NOTE = "mlflow.note.content"  # the tag that MLflow's page of a row shows as its description
 
 
 class Store:
@@ -59,21 +63,36 @@ class Store:
     def row(self, tag: str, value: str, record: Record) -> "Row":
         """The row with this tag; opened, by the record's name and beginning, where there is none.
 
-        Under the lock, so that two processes never open it twice.
+        A row that an evaluation opened for the record's checkpoint, knowing no run, becomes the run's row. Under the
+        lock, so that two processes never open it twice.
         """
-        with _lock(self._root):
-            if found := self.find(tag, value):
+        with self.locked():
+            if found := self.find(tag, value) or self._adopt(tag, value, record.checkpoint):
                 return found
             began = int(record.began * 1000)
             made = self._client.create_run(self._experiment, began, {tag: value}, run_name=record.name)
             return Row(self._client, made.info.run_id)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep the other processes of this workspace from opening and describing rows."""
+        return _lock(self._root)
+
+    def _adopt(self, tag: str, value: str, checkpoint: str) -> "Row | None":
+        """The newest row of this checkpoint that has no such tag, given the tag."""
+        found = self._client.search_runs([self._experiment], f"tags.`checkpoint.sha256` = '{checkpoint}'")
+        homeless = [row.info.run_id for row in found if checkpoint and tag not in row.data.tags]
+        if not homeless:
+            return None
+        self._client.set_tag(homeless[0], tag, value)
+        return Row(self._client, homeless[0])
 
 
 class Row:
     """One trained model in the store. Whatever is done to it twice changes nothing the second time."""
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self._id = client, run_id
+        self._client, self.id = client, run_id
+        self.changed = False
         self._steps: dict[str, set[int]] = {}
 
     def replay(self, points: Iterable[Point]) -> None:
@@ -84,68 +103,102 @@ class Row:
             for name, value in point.items():
                 if name not in ("step", "time") and step not in self._steps_of(name):
                     new[name, step] = Metric(name, value, int(point["time"] * 1000), step)
-        for batch in _batches(list(new.values()), METRICS_PER_BATCH):
-            self._client.log_batch(self._id, metrics=batch)
-            for metric in batch:
-                self._steps_of(metric.key).add(metric.step)
+        self._log(metrics=list(new.values()))
+        for name, step in new:
+            self._steps_of(name).add(step)
 
     def open_again(self, record: Record) -> None:
         """Mark the row as running and give it what is known of the run at its beginning."""
-        self._client.update_run(self._id, "RUNNING", record.name)
-        self._write(record, self._client.get_run(self._id))
+        self._client.update_run(self.id, "RUNNING", record.name)
+        self._write(record, self._client.get_run(self.id))
 
     def publish(self, run: Path, record: Record) -> None:
-        """Bring a stage's record and its artifacts to the row, unless the row says that it has these very ones."""
-        row = self._client.get_run(self._id)
-        content, mark = digest(run, record), f"published.{record.stage}"
-        if row.data.tags.get(mark) != content:
-            self._write(record, row)
-            for name, path in artifacts(run, record.stage):
-                self._client.log_artifact(self._id, str(path), str(Path(name).parent) if "/" in name else None)
-            self._client.set_tag(self._id, mark, content)
-        if record.checkpoint_file:
-            self._upload_checkpoint(Path(record.checkpoint_file), record.checkpoint)
+        """Bring to the row what it lacks of a stage's record and of its artifacts.
 
-    def has(self, run: Path, record: Record) -> bool:
-        """Whether the row holds this very record, with its artifacts and its history."""
-        return self._client.get_run(self._id).data.tags.get(f"published.{record.stage}") == digest(run, record)
+        A tag of the row says which artifacts were uploaded last, since a listing tells names and sizes only.
+        """
+        row = self._client.get_run(self.id)
+        self._write(record, row)
+        content, mark, there = digest(run, record.stage), f"published.{record.stage}", self._files()
+        same = row.data.tags.get(mark) == content
+        for name, path in artifacts(run, record.stage):
+            if not same or there.get(name) != path.stat().st_size:
+                self._upload(path, name)
+        if not same:
+            self._log(tags=[RunTag(mark, content)])
+        if record.checkpoint and (name := Path(record.checkpoint_file).name) not in there:
+            copies = (file for file in places_of_checkpoint(record) if sha256_file(file) == record.checkpoint)
+            if checkpoint := next(copies, None):
+                self._upload(checkpoint, name)
+
+    def describe(self, text: str) -> None:
+        """Give the row's page its description, unless a person has written another."""
+        tags = self._client.get_run(self.id).data.tags
+        there, ours = tags.get(NOTE, ""), tags.get("published.page", "")
+        if there != text and (not there or ours == _sha256(there)):
+            self._log(tags=[RunTag(NOTE, text[:LONGEST_TAG]), RunTag("published.page", _sha256(text[:LONGEST_TAG]))])
 
     def finish(self, record: Record) -> None:
         """Give the row the record's name, status and end; one that still runs is left running."""
-        info = self._client.get_run(self._id).info
+        info = self._client.get_run(self.id).info
         ended = int(record.ended * 1000)
         if record.status != "RUNNING" and (info.status, info.end_time, info.run_name) != (
             record.status,
             ended,
             record.name,
         ):
-            self._client.update_run(self._id, name=record.name)
-            self._client.set_terminated(self._id, record.status, ended)
+            self._client.update_run(self.id, name=record.name)
+            self._client.set_terminated(self.id, record.status, ended)
+            self.changed = True
 
     def _steps_of(self, metric: str) -> set[int]:
         if metric not in self._steps:
-            self._steps[metric] = {seen.step for seen in self._client.get_metric_history(self._id, metric)}
+            self._steps[metric] = {seen.step for seen in self._client.get_metric_history(self.id, metric)}
         return self._steps[metric]
 
-    def _write(self, record: Record, row: Run) -> None:
-        """Write tags, and of params, figures and dataset what the row does not have."""
-        tags = [RunTag(name, value[:LONGEST_TAG]) for name, value in record.tags.items()]
-        params = [Param(k, v[:LONGEST_PARAM]) for k, v in record.params.items() if k not in row.data.params]
-        time = int(record.ended * 1000)
-        metrics = [Metric(k, v, time, 0) for k, v in record.metrics.items() if row.data.metrics.get(k) != v]
-        for some_tags in _batches(tags, ITEMS_PER_BATCH):
-            self._client.log_batch(self._id, tags=some_tags)
-        for some_params in _batches(params, ITEMS_PER_BATCH):
-            self._client.log_batch(self._id, params=some_params)
-        self._client.log_batch(self._id, metrics=metrics)
-        if record.dataset and not (row.inputs and row.inputs.dataset_inputs):
-            self._client.log_inputs(self._id, [_dataset(record.dataset)])
+    def _files(self, folder: str | None = None) -> dict[str, int | None]:
+        """The row's artifacts and their sizes."""
+        found: dict[str, int | None] = {}
+        for item in self._client.list_artifacts(self.id, folder):
+            found |= self._files(item.path) if item.is_dir else {item.path: item.file_size}
+        return found
 
-    def _upload_checkpoint(self, file: Path, sha256: str) -> None:
-        """Upload the checkpoint unless the row has one, where the file with that content still lies."""
-        there = {artifact.path for artifact in self._client.list_artifacts(self._id)}
-        if file.name not in there and file.is_file() and sha256_file(file) == sha256:
-            self._client.log_artifact(self._id, str(file))
+    def _write(self, record: Record, row: Run) -> None:
+        """Write what the row does not have of the record's tags, params, figures and dataset."""
+        tags = {name: value[:LONGEST_TAG] for name, value in record.tags.items()}
+        time = int(record.ended * 1000)
+        self._log(
+            tags=[RunTag(name, value) for name, value in tags.items() if row.data.tags.get(name) != value],
+            params=[Param(k, v[:LONGEST_PARAM]) for k, v in record.params.items() if k not in row.data.params],
+            metrics=[Metric(k, v, time, 0) for k, v in record.metrics.items() if row.data.metrics.get(k) != v],
+        )
+        if record.dataset and not (row.inputs and row.inputs.dataset_inputs):
+            self._client.log_inputs(self.id, [_dataset(record.dataset)])
+            self.changed = True
+
+    def _log(
+        self, *, tags: Sequence[RunTag] = (), params: Sequence[Param] = (), metrics: Sequence[Metric] = ()
+    ) -> None:
+        for some_tags in _batches(tags, ITEMS_PER_BATCH):
+            self._client.log_batch(self.id, tags=some_tags)
+        for some_params in _batches(params, ITEMS_PER_BATCH):
+            self._client.log_batch(self.id, params=some_params)
+        for some_metrics in _batches(metrics, METRICS_PER_BATCH):
+            self._client.log_batch(self.id, metrics=some_metrics)
+        self.changed = self.changed or bool(tags or params or metrics)
+
+    def _upload(self, file: Path, name: str) -> None:
+        """Upload a file under a name of our choice: MLflow takes the last part of it from the file."""
+        folder = str(Path(name).parent) if "/" in name else None
+        with tempfile.TemporaryDirectory() as nowhere:
+            if file.name != Path(name).name:
+                file = Path(shutil.copyfile(file, Path(nowhere) / Path(name).name))
+            self._client.log_artifact(self.id, str(file), folder)
+        self.changed = True
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _make_experiment(client: MlflowClient, address: str, root: Path) -> str:
@@ -163,7 +216,7 @@ def _dataset(meta: Mapping[str, object]) -> DatasetInput:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
-def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

@@ -1,8 +1,10 @@
 """`python -m stages.train COMMAND…`: run the training command, with torchrun's environment, and publish it live."""
 
+import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +16,9 @@ from gpt.params import check_section, read_params
 from stages import launch, log, record, torchrun
 from stages.edits import refusing
 from stages.history import Follower
-from stages.publish import Publisher, provenance, publish_run, settings
+from stages.publish import Publisher, drawn, prepare_drawing, provenance, publish_run, settings
 from stages.record import Record
+from stages.system import Sampler
 
 if TYPE_CHECKING:
     from stages.tracking import Row, Store
@@ -70,7 +73,8 @@ class _Training:
         self._history = self.run / "history.jsonl"
         self._before = _stamp(self._history)
         self._claim: AbstractContextManager[object] | None = None  # held from the opening on, until this process ends
-        self._live: tuple[Row, Follower] | None = None
+        self._live: tuple[Row, list[Follower]] | None = None
+        self._sampler = Sampler(self.run / "system.jsonl")
 
     def follow(self) -> None:
         """Bring what is new in the history to the row; opens the row when the history moves for the first time.
@@ -84,15 +88,20 @@ class _Training:
                     record.expect_publication(self.run)
                     record.save(self.run, self._record("RUNNING"), {})
             self._before = _stamp(self._history)  # if not ours, it was moved by a run of the same key that we wait for
+        if self._claim:
+            self._sampler.look()
         self._publisher.attempt(self._replay if self._claim else lambda _store: None)
+        prepare_drawing()
 
     def end(self, code: int) -> None:
         """Write down how it ended and publish all of it; then the oldest run folders go."""
         moved = self._claim or _stamp(self._history) != self._before
         refused = code == 2 or record.read(self.run, "train")  # or failed before it touched an earlier run's history
         with self._publisher.surviving(self.run):
-            if moved or not refused:
-                self._claim = self._claim or record.claim(self.run, wait_s=CLAIM_S)
+            if self._claim:
+                self._sampler.look()
+            elif moved or not refused:
+                self._claim = record.claim(self.run, wait_s=CLAIM_S)
             if self._claim:
                 record.expect_publication(self.run)
                 record.save(self.run, self._record(launch.status_of(code)), self._artifacts(code))
@@ -107,9 +116,11 @@ class _Training:
         live, self._live = self._live, None  # after a failure all is read again; the row knows which steps it has
         if not live:
             opening = self._record("RUNNING")
-            live = store.row("run.key", self.run.name, opening), Follower(self._history)
+            followers = [Follower(self.run / name) for name in record.HISTORIES]
+            live = store.row("run.key", self.run.name, opening), followers
             live[0].open_again(opening)
-        live[0].replay(live[1].news())
+        for follower in live[1]:
+            live[0].replay(follower.news())
         self._live = live
 
     def _record(self, status: str) -> Record:
@@ -119,7 +130,7 @@ class _Training:
         sha256 = sha256_file(checkpoint) if done and checkpoint.is_file() else ""
         figures = _read(launch.option(self._command, "--metrics")) if done else {}
         name, tags = provenance()
-        tags |= {"run.key": self.run.name} | ({"checkpoint.sha256": sha256} if sha256 else {})
+        tags = tags | {"run.key": self.run.name} | ({"checkpoint.sha256": sha256} if sha256 else {})
         if "parameters" in figures:
             tags["parameters"] = str(figures["parameters"])
         return Record(
@@ -130,14 +141,16 @@ class _Training:
             ended=time.time(),
             checkpoint=sha256,
             checkpoint_file=str(checkpoint) if sha256 else "",
+            checkpoint_md5=_md5(checkpoint) if sha256 else "",
+            changes=launch.options(self._command, "--set", "-S"),
             tags=tags,
             params=self._settings,
             metrics={ours: figures[theirs] for theirs, ours in FIGURES.items() if theirs in figures},
             dataset=_read(launch.option(self._command, "--tokens") / "meta.json"),
         )
 
-    def _artifacts(self, code: int) -> dict[str, Path | str]:
-        found: dict[str, Path | str] = {
+    def _artifacts(self, code: int) -> dict[str, Path | str | bytes]:
+        found: dict[str, Path | str | bytes] = {
             "params.yaml": self._params_text,
             "logs/train.log": log.part_of_log(self.log_file, log.frame("train", self.run.name)),
         }
@@ -145,7 +158,13 @@ class _Training:
             for name in ("--metrics", "--history", "--validation"):
                 path = launch.option(self._command, name)
                 found[path.name] = path
+        found.update(drawn("train", self._pictures))
         return found
+
+    def _pictures(self) -> Iterable[tuple[str, bytes]]:
+        from stages.pictures import of_training  # noqa: PLC0415 (half a second, spent while the command ran)
+
+        return of_training(Follower(self._history).news())
 
 
 def _processes(wished: LaunchParams, train: dict[str, Any]) -> int:
@@ -168,6 +187,12 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _md5(path: Path) -> str:
+    """The name that DVC gives to a content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

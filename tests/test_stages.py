@@ -79,7 +79,8 @@ def test_every_figure_at_its_recorded_step_and_time(done: Workspace) -> None:
 
 def test_the_artifacts_of_a_trained_model(done: Workspace) -> None:
     (row,) = done.rows()
-    logs = {name: row["artifacts"].pop(name) for name in list(row["artifacts"]) if name.startswith("logs/")}
+    folders = ("logs/", "pictures/")
+    logs = {name: row["artifacts"].pop(name) for name in list(row["artifacts"]) if name.startswith(folders)}
     assert row["artifacts"] == {
         "w.pt": "weights",
         "params.yaml": PARAMS,
@@ -91,6 +92,8 @@ def test_the_artifacts_of_a_trained_model(done: Workspace) -> None:
         "calibration.csv": "probability,right\n1,1\n",
         "text.txt": "ROMEO: hm\n",
     }
+    pictures = [f"pictures/{name}.png" for name in ("learning_rate", "loss", "loss_by_position")]
+    assert sorted(logs) == ["logs/evaluate.log", "logs/generate.log", "logs/train.log", *pictures]
     assert logs["logs/train.log"] == f"2026-11-21 07:00:00 INFO train[{done.key[:8]}]: started\nand continued\n"
 
 
@@ -220,6 +223,7 @@ def test_a_checkpoint_without_a_row(place: Workspace) -> None:
         "evaluate.json",
         "logs/evaluate.log",
         "logs/generate.log",
+        "pictures/loss_by_position.png",
         "positions.csv",
         "text.txt",
     ]
@@ -252,6 +256,7 @@ def test_a_server_that_is_down_costs_a_line_and_sync_publishes_later(place: Work
         "history.csv",
         "logs",
         "params.yaml",
+        "pictures",
         "positions.csv",
         "train.json",
         "validation.csv",

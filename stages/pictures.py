@@ -1,0 +1,116 @@
+"""Pictures of a run as PNGs: losses and learning rate over the steps, loss by position, calibration.
+
+Importing it takes half a second (matplotlib): stages do so while their child already runs. Same numbers, same bytes.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+Columns = Mapping[str, Sequence[float]]
+
+SIZE, DPI = (8, 3.6), 110
+PALE, STRONG, GREY = "#9db4c8", "#c0392b", "#888888"
+
+
+def of_training(points: Iterable[Mapping[str, float]]) -> Iterator[tuple[str, bytes]]:
+    """Losses and learning rate from the live history's points; pictures of what is not there are left out."""
+    found = list(points)
+    training, validation, rate = (_columns(found, name) for name in ("train_loss", "val_loss", "learning_rate"))
+    if training["step"]:
+        yield "loss.png", loss(training, validation)
+    if rate["step"]:
+        yield "learning_rate.png", learning_rate(rate)
+
+
+def of_evaluation(positions: Path, calibration: Path | None) -> Iterator[tuple[str, bytes]]:
+    """Loss by position and, where there is such a table, calibration."""
+    yield "loss_by_position.png", loss_by_position(read_table(positions))
+    if calibration:
+        yield "calibration.png", calibrated(read_table(calibration))
+
+
+def loss(training: Columns, validation: Columns) -> bytes:
+    """Training and validation loss over the steps; the last validation loss is written beside its point."""
+    figure, axes = _axes("step", "loss (nats a token)")
+    axes.plot(training["step"], training["train_loss"], color=PALE, linewidth=1, label="training")
+    if validation["step"]:
+        axes.plot(*_xy(validation, "val_loss"), color=STRONG, marker="o", markersize=4, label="validation")
+        end = validation["step"][-1], validation["val_loss"][-1]
+        axes.annotate(f"{end[1]:.3f}", end, xytext=(6, 4), textcoords="offset points")
+    axes.set_xlim(0, max(training["step"]) * 1.07 or 1)
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def learning_rate(rate: Columns) -> bytes:
+    """The learning rate over the steps."""
+    figure, axes = _axes("step", "learning rate")
+    axes.plot(*_xy(rate, "learning_rate"), color=STRONG)
+    axes.set_xlim(0, max(rate["step"]) * 1.07 or 1)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+    return _png(figure)
+
+
+def loss_by_position(table: Columns) -> bytes:
+    """The mean loss by how many tokens the model saw before: what it makes of its context."""
+    figure, axes = _axes("tokens that the model sees", "loss (nats a token)")
+    axes.plot(table["position"], table["loss"], color=STRONG)
+    axes.set_xlim(0, max(table["position"]) * 1.02)
+    return _png(figure)
+
+
+def calibrated(table: Columns) -> bytes:
+    """How often the model is right where it says how sure it is; on the dashed line it is as right as it says.
+
+    A point's area stands for how many predictions it is the mean of.
+    """
+    figure, axes = _axes("probability that the model gives", "share that is right")
+    most = max(table["predictions"], default=0) or 1
+    areas = [4 + 120 * count / most for count in table["predictions"]]
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
+    axes.scatter(table["probability"], table["right"], s=areas, color=STRONG, alpha=0.8, linewidths=0)
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    return _png(figure)
+
+
+def read_table(path: Path) -> Columns:
+    """A CSV file of numbers by columns; rows with an empty cell are left out."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if all(row.values())]
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
+
+
+def _columns(points: Iterable[Mapping[str, float]], name: str) -> Columns:
+    """Steps and one figure of those points that have it."""
+    having = [point for point in points if name in point]
+    return {"step": [point["step"] for point in having], name: [point[name] for point in having]}
+
+
+def _xy(columns: Columns, name: str) -> tuple[Sequence[float], Sequence[float]]:
+    return columns["step"], columns[name]
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    return content.getvalue()

@@ -14,8 +14,10 @@ from stages.record import Record, artifacts, read
 LONGEST_SAMPLE = 1500  # characters; the whole page has to fit into one of MLflow's tags, 8,000
 LONGEST_LINE = 500
 FIGURES = {  # of evaluation, and the words and units for them; one that is not named here is shown by its own name
-    "eval_loss": "loss on the whole validation split, nats a token",
-    "eval_bits_per_character": "bits a character",
+    "eval_bits_per_char": "bits a character, on the whole validation split",
+    "eval_calibration_error": "how far off its own probabilities are, on average",
+    "eval_longest_copy": "longest stretch it wrote that stands in the training text, in characters",
+    "eval_copied": "share of what it wrote that stands there, in windows of 30 characters",
 }
 
 

@@ -11,6 +11,7 @@ help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 repro: $(VENV)/checked ## Install, check params.yaml, run the pipeline: from nothing to a trained, measured, tracked model
+	python -m stages.mend
 	dvc repro
 	python -m stages.sync || true  # a tracking server that is down costs a line, not the build
 

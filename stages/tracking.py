@@ -58,7 +58,7 @@ class Store:
         rows = self._client.search_runs(
             [self._experiment], f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time DESC"], max_results=1
         )
-        return Row(self._client, rows[0].info.run_id) if rows else None
+        return Row(self._client, rows[0]) if rows else None
 
     def row(self, tag: str, value: str, record: Record) -> "Row":
         """The row with this tag; opened, by the record's name and beginning, where there is none.
@@ -70,8 +70,9 @@ class Store:
             if found := self.find(tag, value) or self._adopt(tag, value, record.checkpoint):
                 return found
             began = int(record.began * 1000)
-            made = self._client.create_run(self._experiment, began, {tag: value}, run_name=record.name)
-            return Row(self._client, made.info.run_id)
+            return Row(
+                self._client, self._client.create_run(self._experiment, began, {tag: value}, run_name=record.name)
+            )
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep the other processes of this workspace from opening and describing rows."""
@@ -80,20 +81,23 @@ class Store:
     def _adopt(self, tag: str, value: str, checkpoint: str) -> "Row | None":
         """The newest row of this checkpoint that has no such tag, given the tag."""
         found = self._client.search_runs([self._experiment], f"tags.`checkpoint.sha256` = '{checkpoint}'")
-        homeless = [row.info.run_id for row in found if checkpoint and tag not in row.data.tags]
-        if not homeless:
-            return None
-        self._client.set_tag(homeless[0], tag, value)
-        return Row(self._client, homeless[0])
+        for row in found if checkpoint else []:
+            if tag not in row.data.tags:
+                self._client.set_tag(row.info.run_id, tag, value)
+                return Row(self._client, self._client.get_run(row.info.run_id))
+        return None
 
 
 class Row:
     """One trained model in the store. Whatever is done to it twice changes nothing the second time."""
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self.id = client, run_id
+    def __init__(self, client: MlflowClient, row: Run) -> None:
+        self._client = client
+        self.id: str = row.info.run_id
         self.changed = False
+        self._seen: Run | None = row  # until something is written
         self._steps: dict[str, set[int]] = {}
+        self._listing: dict[str, int | None] | None = None
 
     def replay(self, points: Iterable[Point]) -> None:
         """Bring the points of a history to the row, at their recorded times, except for the steps it has."""
@@ -110,19 +114,19 @@ class Row:
     def open_again(self, record: Record) -> None:
         """Mark the row as running and give it what is known of the run at its beginning."""
         self._client.update_run(self.id, "RUNNING", record.name)
-        self._write(record, self._client.get_run(self.id))
+        self._wrote()
+        self._write(record)
 
     def publish(self, run: Path, record: Record) -> None:
         """Bring to the row what it lacks of a stage's record and of its artifacts.
 
         A tag of the row says which artifacts were uploaded last, since a listing tells names and sizes only.
         """
-        row = self._client.get_run(self.id)
-        self._write(record, row)
+        self._write(record)
         content, mark, there = digest(run, record.stage), f"published.{record.stage}", self._files()
-        same = row.data.tags.get(mark) == content
+        same = self._row().data.tags.get(mark) == content
         for name, path in artifacts(run, record.stage):
-            if not same or there.get(name) != path.stat().st_size:
+            if not same or name not in there or there[name] not in (None, path.stat().st_size):
                 self._upload(path, name)
         if not same:
             self._log(tags=[RunTag(mark, content)])
@@ -133,14 +137,14 @@ class Row:
 
     def describe(self, text: str) -> None:
         """Give the row's page its description, unless a person has written another."""
-        tags = self._client.get_run(self.id).data.tags
-        there, ours = tags.get(NOTE, ""), tags.get("published.page", "")
+        tags = self._client.get_run(self.id).data.tags  # of this moment: another command may have described it
+        there, ours, text = tags.get(NOTE, ""), tags.get("published.page", ""), text[:LONGEST_TAG]
         if there != text and (not there or ours == _sha256(there)):
-            self._log(tags=[RunTag(NOTE, text[:LONGEST_TAG]), RunTag("published.page", _sha256(text[:LONGEST_TAG]))])
+            self._log(tags=[RunTag(NOTE, text), RunTag("published.page", _sha256(text))])
 
     def finish(self, record: Record) -> None:
         """Give the row the record's name, status and end; one that still runs is left running."""
-        info = self._client.get_run(self.id).info
+        info = self._row().info
         ended = int(record.ended * 1000)
         if record.status != "RUNNING" and (info.status, info.end_time, info.run_name) != (
             record.status,
@@ -149,24 +153,38 @@ class Row:
         ):
             self._client.update_run(self.id, name=record.name)
             self._client.set_terminated(self.id, record.status, ended)
-            self.changed = True
+            self._wrote()
+
+    def _row(self) -> Run:
+        """The row as it is."""
+        self._seen = self._seen or self._client.get_run(self.id)
+        return self._seen
+
+    def _wrote(self) -> None:
+        self.changed, self._seen = True, None
 
     def _steps_of(self, metric: str) -> set[int]:
         if metric not in self._steps:
             self._steps[metric] = {seen.step for seen in self._client.get_metric_history(self.id, metric)}
         return self._steps[metric]
 
-    def _files(self, folder: str | None = None) -> dict[str, int | None]:
-        """The row's artifacts and their sizes."""
-        found: dict[str, int | None] = {}
-        for item in self._client.list_artifacts(self.id, folder):
-            found |= self._files(item.path) if item.is_dir else {item.path: item.file_size}
-        return found
+    def _files(self) -> dict[str, int | None]:
+        """The row's artifacts and their sizes, where the store tells them (a server does not tell a zero)."""
+        if self._listing is None:
+            self._listing = {}
+            folders: list[str | None] = [None]
+            while folders:
+                for item in self._client.list_artifacts(self.id, folders.pop()):
+                    if item.is_dir:
+                        folders.append(item.path)
+                    else:
+                        self._listing[item.path] = item.file_size
+        return self._listing
 
-    def _write(self, record: Record, row: Run) -> None:
+    def _write(self, record: Record) -> None:
         """Write what the row does not have of the record's tags, params, figures and dataset."""
+        row, time = self._row(), int(record.ended * 1000)
         tags = {name: value[:LONGEST_TAG] for name, value in record.tags.items()}
-        time = int(record.ended * 1000)
         self._log(
             tags=[RunTag(name, value) for name, value in tags.items() if row.data.tags.get(name) != value],
             params=[Param(k, v[:LONGEST_PARAM]) for k, v in record.params.items() if k not in row.data.params],
@@ -174,7 +192,7 @@ class Row:
         )
         if record.dataset and not (row.inputs and row.inputs.dataset_inputs):
             self._client.log_inputs(self.id, [_dataset(record.dataset)])
-            self.changed = True
+            self._wrote()
 
     def _log(
         self, *, tags: Sequence[RunTag] = (), params: Sequence[Param] = (), metrics: Sequence[Metric] = ()
@@ -185,7 +203,8 @@ class Row:
             self._client.log_batch(self.id, params=some_params)
         for some_metrics in _batches(metrics, METRICS_PER_BATCH):
             self._client.log_batch(self.id, metrics=some_metrics)
-        self.changed = self.changed or bool(tags or params or metrics)
+        if tags or params or metrics:
+            self._wrote()
 
     def _upload(self, file: Path, name: str) -> None:
         """Upload a file under a name of our choice: MLflow takes the last part of it from the file."""
@@ -194,6 +213,7 @@ class Row:
             if file.name != Path(name).name:
                 file = Path(shutil.copyfile(file, Path(nowhere) / Path(name).name))
             self._client.log_artifact(self.id, str(file), folder)
+            self._files()[name] = file.stat().st_size
         self.changed = True
 
 

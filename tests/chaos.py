@@ -27,7 +27,7 @@ OUTPUTS = ["chargpt_nano.pt", "metrics/train.json", "plots/history.csv", "plots/
 ORPHANS_GONE_S = 10
 STEPS = 250
 IN_TRAINING = 0.6  # share of the kills
-TRAINING_S = 6
+TRAINING_S = 5
 EARLY = 0.8  # of an undisturbed run: what was continued ends sooner
 TARGETS = ("everything", "dvc", "wrapper", "torchrun", "rank")
 
@@ -88,13 +88,12 @@ def one_round(
     shutil.rmtree(project / ".dvc" / "cache" / "runs", ignore_errors=True)  # or dvc would not train again
     shutil.rmtree(project / ".runs")
     shutil.rmtree(project / "mlruns", ignore_errors=True)
-    # dvc writes this list of who uses what in place; the dead stay in it, and when it is long a kill can cut it short.
-    (project / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
     for path in [*project.glob("mlflow.db*"), *(project / name for name in OUTPUTS[:-1]), project / "gpt_nano.log"]:
         path.unlink(missing_ok=True)
     killed: Counter[str] = Counter()
     for _ in range(kills):
         target = chance.choice(TARGETS)
+        mend(project)
         running, began = repro(project, "train"), time.time()
         if chance.random() < IN_TRAINING:  # much of the rest is dvc's and torch's start
             wait(running, 4 * seconds, partial(training_since, project, began))
@@ -104,6 +103,7 @@ def one_round(
         if not kill(running, target, chance):
             break  # it came to its end before
         killed[target] += 1
+    mend(project)
     last = repro(project, "train").wait()
     log_file = project / "gpt_nano.log"
     log = log_file.read_text() if log_file.exists() else ""
@@ -115,6 +115,14 @@ def one_round(
         said = (project.parent / "said.txt").read_text()[-1000:]
         print(f"DIFFERENT: exit {last}, {differing or 'the row'}; kept in {kept}; said last: {said}")
     return killed, log.count("continuing after step"), same
+
+
+def mend(project: Path) -> None:
+    """What `make repro` does first: a kill may have cut dvc's own list of locks short."""
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.mend"], cwd=project, check=True, text=True, capture_output=True
+    )
+    print(done.stdout, end="", flush=True)
 
 
 def training_since(project: Path, moment: float) -> bool:

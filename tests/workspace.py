@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from gpt.files import sha256_file
 from gpt.fingerprint import run_key
@@ -88,7 +89,7 @@ if verb == "train":
 elif verb == "evaluate":
     write(value("--metrics"), json.dumps({"loss": plan["loss"], "characters": 7}))
     write(value("--positions"), "position,loss\n1,2\n")
-    write(value("--calibration"), "probability,right\n1,1\n")
+    write(value("--calibration"), "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n")
 else:
     write(value("--out"), "ROMEO: hm\n")
 """
@@ -217,6 +218,14 @@ def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def answers(server: str) -> bool:
+    """Whether a server is up."""
+    try:
+        return requests.get(f"{server}/health", timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real `mlflow server`; starts while the tests before it run."""
@@ -248,7 +257,11 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, list[str
 def empty_store(fresh: tuple[Workspace, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with our experiment and nothing in it."""
     place = Workspace(tmp_path_factory.mktemp("empty") / "store")
-    shutil.copyfile(fresh[0].folder / "mlflow.db", place.folder / "mlflow.db")
+    with (
+        closing(sqlite3.connect(fresh[0].folder / "mlflow.db")) as full,
+        closing(sqlite3.connect(place.folder / "mlflow.db")) as copy,
+    ):
+        full.backup(copy)  # the file alone may lack what is still in its write-ahead log
     for table in ("metrics", "latest_metrics", "params", "tags", "inputs", "input_tags", "datasets", "runs"):
         place.sql(f"DELETE FROM {table}")
     return place.folder / "mlflow.db"

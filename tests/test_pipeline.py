@@ -1,6 +1,7 @@
 """The whole pipeline as people run it: a clone, the real dvc, torchrun and MLflow, on a made-up text."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from gpt.files import sha256_file
 from tests.conftest import environment
 from tests.pipeline import OUTPUTS, artifacts, clone, contents, dvc, rows, set_processes
 
@@ -101,6 +103,51 @@ def test_an_experiment_is_a_second_row(project: Path) -> None:
     dvc(project, "exp", "run", "--name", "aside", "--temp", "-S", "train.max_steps=20")
     assert len(rows(project)) == 3
     assert "train.max_steps" in next(row for row in rows(project) if row.info.run_name == "aside").data.params
+
+
+@pytest.mark.proof
+def test_the_commands_on_a_rows_page_bring_its_run_back(project: Path) -> None:
+    dvc(project, "exp", "run", "--name", "lost", "-S", "train.learning_rate=0.005", "-S", "train.max_steps=20")
+    weights = (project / "chargpt_nano.pt").read_bytes()
+    page = next(row for row in rows(project) if row.info.run_name == "lost").data.tags["mlflow.note.content"]
+    everything, experiment, checkpoint = re.findall(
+        r"```\n(.*?)\n```", page.partition("## How to get it back")[2], re.DOTALL
+    )
+    said = []
+    for commands in (everything, experiment, checkpoint):
+        subprocess.run(["git", "checkout", "--quiet", "--force", "HEAD"], cwd=project, check=True)
+        (project / "chargpt_nano.pt").unlink(missing_ok=True)
+        done = subprocess.run(
+            ["bash", "-ec", commands],
+            cwd=project,
+            env=environment(PYTHONPATH=""),
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.append(done.stdout)
+        restored = project / "restored" if commands == checkpoint else project
+        assert (restored / "chargpt_nano.pt").read_bytes() == weights
+    assert "Stage 'train' is cached" in said[0]
+    assert "chargpt_nano.pt: OK" in said[0]
+    assert said[2].partition("\n")[2].startswith("the "), "the first prompt, continued"
+
+
+@pytest.mark.proof
+def test_make_repro_ends_with_a_sync_that_costs_no_build(project: Path) -> None:
+    command = ["make", "--old-file=.venv/checked", "repro"]
+    for uri, code in (("http://127.0.0.1:9", 0), ("", 0)):
+        variables = environment(PYTHONPATH="", MLFLOW_TRACKING_URI=uri)
+        done = subprocess.run(command, cwd=project, env=variables, text=True, capture_output=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        said = [line for line in done.stderr.splitlines() if line.startswith("stages.sync: ")]
+        assert len(said) == bool(uri), done.stderr
+    (row,) = (
+        row for row in rows(project) if row.data.tags["checkpoint.sha256"] == sha256_file(project / "chargpt_nano.pt")
+    )
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    assert "dvc.lock" in artifacts(client, row.info.run_id)
 
 
 def test_a_mistake_in_params_stops_the_pipeline_with_one_line(project: Path) -> None:

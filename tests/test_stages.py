@@ -97,7 +97,7 @@ def test_the_artifacts_of_a_trained_model(done: Workspace) -> None:
         "calibration.csv": "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n",
         "text.txt": "ROMEO: hm\n",
     }
-    pictures = [f"pictures/{name}.png" for name in ("learning_rate", "loss", "loss_by_position")]
+    pictures = [f"pictures/{name}.png" for name in ("calibration", "learning_rate", "loss", "loss_by_position")]
     assert sorted(logs) == ["logs/evaluate.log", "logs/generate.log", "logs/train.log", *pictures]
     assert logs["logs/train.log"] == f"2026-11-21 07:00:00 INFO train[{done.key[:8]}]: started\nand continued\n"
 
@@ -231,6 +231,7 @@ def test_a_checkpoint_without_a_row(place: Workspace) -> None:
         "evaluate.json",
         "logs/evaluate.log",
         "logs/generate.log",
+        "pictures/calibration.png",
         "pictures/loss_by_position.png",
         "positions.csv",
         "text.txt",

@@ -24,7 +24,7 @@ show "dvc exp run --queue --name grid -S 'train.learning_rate=choice(0.002,0.005
 show 'dvc queue start --jobs 2'
 until [ "$(dvc exp list --name-only | grep -c grid)" = 4 ]; do sleep 3; done
 show 'dvc queue status'
-show "dvc exp show --only-changed --hide-workspace --sort-by loss --drop 'Created|State|Executor|bits.*|perplexity|.*pt'"
+show "dvc exp show --only-changed --hide-workspace --sort-by val_loss --drop 'Created|State|Executor|.*pt'"
 show 'dvc queue logs grid-2 | grep "loss .* nats"'
 show 'dvc plots diff HEAD slower grid-2'
 show 'dvc exp apply slower'

@@ -58,7 +58,7 @@ class Store:
         rows = self._client.search_runs(
             [self._experiment], f"tags.`{tag}` = '{value}'", order_by=["attributes.start_time DESC"], max_results=1
         )
-        return Row(self._client, rows[0]) if rows else None
+        return Row(self._client, rows[0], self._root) if rows else None
 
     def row(self, tag: str, value: str, record: Record) -> "Row":
         """The row with this tag; opened, by the record's name and beginning, where there is none.
@@ -70,9 +70,8 @@ class Store:
             if found := self.find(tag, value) or self._adopt(tag, value, record.checkpoint):
                 return found
             began = int(record.began * 1000)
-            return Row(
-                self._client, self._client.create_run(self._experiment, began, {tag: value}, run_name=record.name)
-            )
+            made = self._client.create_run(self._experiment, began, {tag: value}, run_name=record.name)
+            return Row(self._client, made, self._root)
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep the other processes of this workspace from opening and describing rows."""
@@ -84,15 +83,15 @@ class Store:
         for row in found if checkpoint else []:
             if tag not in row.data.tags:
                 self._client.set_tag(row.info.run_id, tag, value)
-                return Row(self._client, self._client.get_run(row.info.run_id))
+                return Row(self._client, self._client.get_run(row.info.run_id), self._root)
         return None
 
 
 class Row:
     """One trained model in the store. Whatever is done to it twice changes nothing the second time."""
 
-    def __init__(self, client: MlflowClient, row: Run) -> None:
-        self._client = client
+    def __init__(self, client: MlflowClient, row: Run, root: Path) -> None:
+        self._client, self._root = client, root
         self.id: str = row.info.run_id
         self.changed = False
         self._seen: Run | None = row  # until something is written
@@ -191,7 +190,8 @@ class Row:
             metrics=[Metric(k, v, time, 0) for k, v in record.metrics.items() if row.data.metrics.get(k) != v],
         )
         if record.dataset and not (row.inputs and row.inputs.dataset_inputs):
-            self._client.log_inputs(self.id, [_dataset(record.dataset)])
+            with _lock(self._root):  # MLflow fails when two rows bring the same dataset at once
+                self._client.log_inputs(self.id, [_dataset(record.dataset)])
             self._wrote()
 
     def _log(

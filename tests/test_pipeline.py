@@ -100,9 +100,6 @@ def test_an_experiment_is_a_second_row(project: Path) -> None:
     assert by_name["faster"].data.params["train.learning_rate"] == "0.02"
     table = dvc(project, "exp", "show", "--csv").stdout
     assert "faster" in table
-    dvc(project, "exp", "run", "--name", "aside", "--temp", "-S", "train.max_steps=20")
-    assert len(rows(project)) == 3
-    assert "train.max_steps" in next(row for row in rows(project) if row.info.run_name == "aside").data.params
 
 
 @pytest.mark.proof

@@ -173,13 +173,17 @@ def _end_with_parent() -> None:
 def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
     """Outlive SIGINT, which a terminal sends to the child as well, and pass SIGTERM on to it.
 
-    Afterwards SIGINT interrupts again; SIGTERM still does not, so that what is left to publish is published.
+    Afterwards SIGINT interrupts again; SIGTERM still does not, so that what is left to publish is published. But if
+    it came because dvc was killed, this process ends too: the next command of the project publishes what is missing.
     """
     received: list[int] = []
     forward_to: list[subprocess.Popen[bytes]] = []
+    parent = os.getppid()
 
     def handle(number: int, _frame: object) -> None:
         received.append(number)
+        if os.getppid() != parent and forward_to and forward_to[0].returncode is not None:
+            os._exit(128 + number)
         if number == signal.SIGTERM:
             for child in forward_to:
                 child.send_signal(number)

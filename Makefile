@@ -18,7 +18,7 @@ repro: $(VENV)/checked ## Install, check params.yaml, run the pipeline: from not
 test: $(VENV)/test ## Install with the test extras and run the tests
 	python -m pytest -m "not proof"
 
-proof: $(VENV)/test ## Run the tests that take longer
+proof: $(VENV)/test ## Run the tests that take longer; they need the browser chromium
 	python -m pytest -m proof
 
 chaos: $(VENV)/test ## Kill the pipeline 200 times at random and compare what it leaves (half an hour and more)

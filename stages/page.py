@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import statistics
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from stages.record import Record, artifacts, read
 
 LONGEST_SAMPLE = 1500  # characters; the whole page has to fit into one of MLflow's tags, 8,000
 LONGEST_LINE = 500
+WIDEST = 90  # characters a line of a block; wider, it pushes its neighbours out of a screen of 1920 pixels
 FIGURES = {  # of evaluation, and the words and units for them; one that is not named here is shown by its own name
     "eval_bits_per_char": "bits a character, on the whole validation split",
     "eval_calibration_error": "how far off its own probabilities are, on average",
@@ -74,16 +76,15 @@ def _sample(run: Path) -> str:
         return ""
     text = texts[0].read_text(encoding="utf-8", errors="replace")
     head = text[:LONGEST_SAMPLE]
-    return "## What it writes\n\n" + _block(head + ("\n…" if len(text) > len(head) else ""))
+    return "## What it writes\n\n" + _block(_wrapped(head) + ("\n…" if len(text) > len(head) else ""))
 
 
 def _commands(run: Path, train: Record, run_id: str) -> str:
-    download = f"mlflow artifacts download --run-id {run_id} --artifact-path"
     commit, experiment = train.tags.get("git.commit"), train.tags.get("dvc.exp_name")
-    changes = [f" -S {shlex.quote(change)}" for change in train.changes]
-    again = f"dvc exp run{''.join(changes)}" if changes else "dvc repro"
+    changes = [f"-S {shlex.quote(change)}" for change in train.changes]
+    again = _command("dvc exp run", *changes) if changes else "dvc repro"
     restore = [f"git checkout {commit}"] if commit else []
-    restore += [f"{download} params.yaml --dst-path .", again]
+    restore += [_download(run_id, "params.yaml", "."), again]
     texts = [
         "## How to get it back",
         "All of it, out of DVC's cache or trained again to the same bytes; this replaces `params.yaml`:",
@@ -94,17 +95,23 @@ def _commands(run: Path, train: Record, run_id: str) -> str:
         texts.append(_block(f"git checkout {commit}\ndvc exp apply {shlex.quote(experiment)}"))
     if train.checkpoint:
         name = Path(train.checkpoint_file).name
-        write = f"python -m gpt generate --checkpoint {shlex.quote(f'restored/{name}')} --prompt {_prompt(run)}"
+        checkpoint = f"--checkpoint {shlex.quote(f'restored/{name}')}"
+        write = _command("python -m gpt generate", checkpoint, f"--prompt {_prompt(run)}")
         texts.append("The checkpoint alone, to write with it:")
-        texts.append(_block(f"{download} {shlex.quote(name)} --dst-path restored\n{write}"))
+        texts.append(_block(f"{_download(run_id, name, 'restored')}\n{write}"))
     texts.append("A server other than this workspace's own is named by `MLFLOW_TRACKING_URI`.")
     return "\n\n".join(texts)
+
+
+def _download(run_id: str, name: str, to: str) -> str:
+    artifact = f"--artifact-path {shlex.quote(name)}"
+    return _command("mlflow artifacts download", f"--run-id {run_id}", artifact, f"--dst-path {to}")
 
 
 def _check(train: Record) -> list[str]:
     if not train.checkpoint:
         return []
-    return [f"echo {shlex.quote(f'{train.checkpoint}  {train.checkpoint_file}')} | sha256sum --check"]
+    return [_command(f"echo {shlex.quote(f'{train.checkpoint}  {train.checkpoint_file}')}", "| sha256sum --check")]
 
 
 def _prompt(run: Path) -> str:
@@ -122,6 +129,24 @@ def _number(value: float) -> str:
 def _inline(text: str) -> str:
     """A name of somebody's choice, without the signs that markdown would act on."""
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text[:LONGEST_LINE])
+
+
+def _wrapped(text: str) -> str:
+    """A text with its wide lines broken, between words where that can be; nothing else of it changes."""
+    wrapper = textwrap.TextWrapper(WIDEST, expand_tabs=False, replace_whitespace=False, drop_whitespace=False)
+    return "\n".join("\n".join(wrapper.wrap(line)) for line in text.split("\n"))
+
+
+def _command(*parts: str) -> str:
+    """A shell's command, gone on with in a new line before the part with which a line would be too wide."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]} {part}"
+        if len(longer) + len(" \\") > WIDEST:
+            lines.append(f"  {part}")
+        else:
+            lines[-1] = longer
+    return " \\\n".join(lines)
 
 
 def _block(text: str) -> str:

@@ -44,8 +44,8 @@ def test_the_page_tells_figures_and_commands(run: Path) -> None:
         "| tokens a second (median) | 900 |",
         f"git checkout {'c0ffee' * 7}\n"
         "mlflow artifacts download --run-id 0123 --artifact-path params.yaml --dst-path .\n"
-        f"dvc exp run -S train.seed=2\necho '{'ab' * 32}  my weights.pt' | sha256sum --check\n",
-        "--artifact-path 'my weights.pt' --dst-path restored\n"
+        f"dvc exp run -S train.seed=2\necho '{'ab' * 32}  my weights.pt' \\\n  | sha256sum --check\n",
+        "--artifact-path 'my weights.pt' \\\n  --dst-path restored\n"
         "python -m gpt generate --checkpoint 'restored/my weights.pt' --prompt ''\n",
     ):
         assert line in text
@@ -63,6 +63,20 @@ def test_a_sample_of_any_text_fits_into_a_block_and_a_tag(run: Path) -> None:
     assert "no sample" not in text
     assert len(text) < 8000
     assert page(run, "0123") == text
+
+
+def test_no_line_of_a_block_is_so_wide_that_it_pushes_its_neighbours_off_the_screen(run: Path) -> None:
+    words = "one  line \t of   words " * 40
+    save(run, Record(stage="generate", began=0, ended=1), {"text.txt": f"{words}\n\n{'x' * 300}\n"})
+    changes = [f"train.learning_rate=0.00{number}" for number in range(9)]
+    train = Record(stage="train", began=0, ended=7, changes=changes)
+    save(run, train.model_copy(update={"checkpoint": "ab" * 32, "checkpoint_file": "w.pt"}), {})
+    blocks = page(run, "0123456789abcdef" * 2).split("```\n")[1::2]
+    assert max(len(line) for block in blocks for line in block.splitlines()) <= 90
+    sample, commands, _ = blocks
+    assert sample.replace("\n", "") == words + "x" * 300
+    assert "dvc exp run -S train.learning_rate=0.000 -S train.learning_rate=0.001 \\\n  -S" in commands
+    assert commands.replace(" \\\n ", "").count(" -S ") == len(changes)
 
 
 def test_pictures(tmp_path: Path) -> None:

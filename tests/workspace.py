@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -226,23 +226,32 @@ def answers(server: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real `mlflow server`; starts while the tests before it run."""
-    folder = tmp_path_factory.mktemp("server")
+@contextmanager
+def serving(folder: Path, *words: str) -> Iterator[str]:
+    """The address of a real `mlflow server` that works in a folder; whether it is up already, `answers` says."""
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [*command, *stores], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            [*command, *words], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
         )
-    yield f"http://127.0.0.1:{port}"
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(20)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An MLflow server with a store of its own; starts while the tests before it run."""
+    folder = tmp_path_factory.mktemp("server")
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
+    with serving(folder, *stores) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

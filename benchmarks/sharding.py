@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt.device import choose_device
 from gpt.distributed import Group, ShardedModel, joined
 from gpt.model import GPT, ModelParams, next_token_loss
-from gpt.optimizer import make_optimizer
 from gpt.params import read_section
 
 VOCABULARY = 65
@@ -80,7 +79,7 @@ def sharded_step(params: ModelParams, batch_size: int, group: Group, shards: int
 
 def finishing(model: GPT) -> Callable[[], None]:
     """Clipping and the optimizer."""
-    optimizer = make_optimizer(model, learning_rate=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def finish() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,12 +1,16 @@
 """The batches: random windows to train on, and windows that cover the validation split exactly once."""
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from gpt.errors import UserError
 from gpt.token_files import Split, TokenData
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 MIN_BLOCKS = 4  # in each split; on fewer, the loss says more about the place than about the model
 
@@ -26,15 +30,30 @@ def check_lengths(data: TokenData, *, block_size: int) -> None:
         )
 
 
+def shuffled_windows(
+    split: Split, *, first: int, count: int, block_size: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take windows first, first + 1, … of an endless row of epochs: each visits every place of the split once.
+
+    In every epoch the split is cut at other places and its windows are shuffled anew.
+
+    Returns:
+        Inputs and targets as `random_windows` gives them.
+    """
+    windows = _windows_an_epoch(len(split), block_size)
+    numbers = np.arange(first, first + count)
+    epochs, places = numbers // windows, numbers % windows
+    starts = np.array([_starts(len(split), block_size, seed, int(e))[p] for e, p in zip(epochs, places, strict=True)])
+    return _windows_at(split, starts, block_size)
+
+
 def random_windows(split: Split, *, count: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw windows at random starts, with replacement, from torch's current random state.
 
     Returns:
         Inputs and targets, each of shape (count, block_size), int64: the target of a token is the token after it.
     """
-    starts = torch.randint(len(split) - block_size, (count,)).numpy()
-    windows = torch.from_numpy(split[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
-    return windows[:, :-1], windows[:, 1:]
+    return _windows_at(split, torch.randint(len(split) - block_size, (count,)).numpy(), block_size)
 
 
 def covering_windows(data: TokenData, *, block_size: int, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -59,6 +78,24 @@ def covering_windows(data: TokenData, *, block_size: int, batch_size: int) -> li
     if full < len(targets):
         batches.append((inputs[None, full:], targets[None, full:]))
     return batches
+
+
+def _windows_at(split: Split, starts: Numbers, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    windows = torch.from_numpy(split[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    return windows[:, :-1], windows[:, 1:]
+
+
+def _windows_an_epoch(length: int, block_size: int) -> int:
+    """How many windows with their targets fit, wherever in the first block the first one starts."""
+    return (length - 1) // block_size - 1
+
+
+@lru_cache(maxsize=2)  # a step may lie across the border of two epochs
+def _starts(length: int, block_size: int, seed: int, epoch: int) -> Numbers:
+    """Where the windows of an epoch start, in their order."""
+    chance = np.random.Generator(np.random.PCG64([seed, epoch]))
+    first = chance.integers(block_size)
+    return first + block_size * chance.permutation(_windows_an_epoch(length, block_size))
 
 
 def _remedies(train: int, val: int, needed: int) -> str:

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gpt.model import GPT
+from gpt.model import GPT, empty_cache
 from gpt.params import Section
 
 
@@ -23,15 +23,16 @@ class SamplingParams(Section):
 def sample(model: GPT, prompt: Sequence[int], params: SamplingParams, seed: int) -> Iterator[int]:
     """Continue a prompt of at least one token; yields the new tokens as they are drawn.
 
-    The model sees the last `block_size` tokens. The same seed gives the same tokens.
+    The same seed gives the same tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
+    reader = Reader(model, texts=1)
+    read_BT = torch.tensor([list(prompt)])
     for _ in range(params.max_new_tokens):
-        window_BT = torch.tensor([tokens[-model.params.block_size :]])
-        logits_V = model(window_BT)[0, -1].float()
-        tokens.append(_draw(keep_top_k(logits_V, params.top_k), params.temperature, generator))
-        yield tokens[-1]
+        logits_V = reader.scores(read_BT)[0]
+        token = _draw(keep_top_k(logits_V, params.top_k), params.temperature, generator)
+        yield token
+        read_BT = torch.tensor([[token]])
 
 
 @torch.inference_mode()
@@ -44,13 +45,43 @@ def sample_together(model: GPT, prompt: Sequence[int], *, count: int, length: in
         The new tokens alone, of shape (count, length).
     """
     generator = torch.Generator().manual_seed(seed)
-    device = model.token_embedding.weight.device
-    tokens_BT = torch.tensor([list(prompt)] * count)
+    reader = Reader(model, texts=count)
+    read_BT, drawn = torch.tensor([list(prompt)] * count), []
     for _ in range(length):
-        logits_BV = model(tokens_BT[:, -model.params.block_size :].to(device))[:, -1].float().cpu()
-        drawn_B1 = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
-        tokens_BT = torch.cat([tokens_BT, drawn_B1], dim=1)
-    return tokens_BT[:, len(prompt) :]
+        read_BT = torch.multinomial(reader.scores(read_BT).softmax(-1), 1, generator=generator)
+        drawn.append(read_BT)
+    return torch.cat(drawn, dim=1)
+
+
+class Reader:
+    """A model that reads texts side by side, each token once, and says what it expects after the last one.
+
+    It sees at most `block_size` tokens: of a longer prompt the end; when the window is full, its last half stays and is
+    read again.
+
+    Args:
+        cached: whether keys and values are kept; without, the whole window is read at every token, as a reference.
+    """
+
+    def __init__(self, model: GPT, texts: int, *, cached: bool = True) -> None:
+        self._model = model
+        self._device = model.token_embedding.weight.device
+        self._cache = empty_cache(model.params, texts, self._device) if cached else None
+        self._window_BT = torch.zeros(texts, 0, dtype=torch.int64)
+
+    def scores(self, tokens_BT: Tensor) -> Tensor:
+        """Read on, and score every token as the next one: (B, T) to logits (B, V), float32 on the CPU."""
+        window_BT = torch.cat([self._window_BT, tokens_BT], dim=1)
+        block = self._model.params.block_size
+        if window_BT.shape[1] > block:
+            kept = block // 2 + 1 if self._window_BT.shape[1] else block
+            window_BT = tokens_BT = window_BT[:, -kept:]
+            if self._cache:
+                self._cache.clear()
+        self._window_BT = window_BT
+        unread_BT = tokens_BT if self._cache else window_BT
+        logits_BTV: Tensor = self._model(unread_BT.to(self._device), self._cache)
+        return logits_BTV[:, -1].float().cpu()
 
 
 def keep_top_k(logits_V: Tensor, k: int | None) -> Tensor:

@@ -12,33 +12,27 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gpt.dataset import covering_windows, random_windows
+from gpt.dataset import covering_windows, random_windows, shuffled_windows
 from gpt.distributed import Group, ShardedModel
 from gpt.errors import StoppedError, UserError
 from gpt.history import Record
 from gpt.model import GPT, next_token_loss
-from gpt.optimizer import learning_rate_at, make_optimizer
-from gpt.params import Section
+from gpt.optimizer import OptimizerParams, learning_rate_at, make_optimizers
 from gpt.run_folder import RunFolder
-from gpt.scoring import losses
+from gpt.scoring import Batch, losses
 from gpt.token_files import TokenData
 
 EXPLODED = 10  # times the loss of guessing
 EVALUATION_TOKENS = 8192  # a batch of the evaluation between steps: part of the bits, so no parameter of the machine
 
 
-class TrainParams(Section):
+class TrainParams(OptimizerParams):
     """The section `train`."""
 
     batch_size: int = Field(ge=1)
-    max_steps: int = Field(ge=1)
-    learning_rate: float = Field(gt=0)
-    min_learning_rate: float = Field(ge=0)
-    warmup_steps: int = Field(ge=0)
-    beta1: float = Field(ge=0, lt=1)
-    beta2: float = Field(ge=0, lt=1)
-    weight_decay: float = Field(ge=0)
+    windows: Literal["shuffled", "random"]
     grad_clip: float = Field(gt=0)
+    precision: Literal["float32", "bfloat16"]
     log_interval: int = Field(ge=1)
     eval_interval: int = Field(ge=1)
     save_interval: int = Field(ge=1)
@@ -53,15 +47,6 @@ class TrainParams(Section):
         if self.batch_size % self.shards:
             raise ValueError(
                 f"batch_size: expected a multiple of shards ({self.shards}), found {self.batch_size}; change one"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rates_fall(self) -> "TrainParams":
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate: expected at most learning_rate ({self.learning_rate}), found "
-                f"{self.min_learning_rate}; lower it"
             )
         return self
 
@@ -87,13 +72,7 @@ class Trainer:
         self.progress = Progress()
         self.best = _copy(self.model)
         self._sharded = ShardedModel(self.model, group, params.shards)
-        self._optimizer = make_optimizer(
-            self.model,
-            learning_rate=params.learning_rate,
-            beta1=params.beta1,
-            beta2=params.beta2,
-            weight_decay=params.weight_decay,
-        )
+        self.optimizers = make_optimizers(params, self.model, group)
         block = model.params.block_size
         batch_size = max(1, EVALUATION_TOKENS // block)
         self._val_batches = covering_windows(data, block_size=block, batch_size=batch_size)
@@ -146,15 +125,7 @@ class Trainer:
         """
         self.progress.step += 1
         params, step = self.params, self.progress.step
-        rate = learning_rate_at(
-            step,
-            max_steps=params.max_steps,
-            warmup_steps=params.warmup_steps,
-            learning_rate=params.learning_rate,
-            min_learning_rate=params.min_learning_rate,
-        )
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        rate = learning_rate_at(step, params)
         self.model.train()
         mine = self._sharded.backward(self._loss_of_shard)
         everyone = self.group.gather([*mine, float(stop)])
@@ -163,7 +134,10 @@ class Trainer:
         loss = sum(everyone) / len(everyone)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), params.grad_clip))
         self._check_sanity(loss, norm)
-        self._optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * (rate / params.learning_rate)
+            optimizer.step()
         self.progress.losses_since_record.append(loss)
         return rate, norm, any(stops)
 
@@ -184,7 +158,7 @@ class Trainer:
         """All that a resume state holds: plain values, and tensors."""
         return {"digests": digests, "progress": asdict(self.progress)}, {
             "weights": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "best": self.best,
         }
 
@@ -192,7 +166,8 @@ class Trainer:
         """Continue from a state that `state` described."""
         self.progress = Progress(**metadata["progress"])
         self.model.load_state_dict(tensors["weights"])
-        self._optimizer.load_state_dict(tensors["optimizer"])
+        for optimizer, state in zip(self.optimizers, tensors["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.best = tensors["best"]
 
     def _check_sanity(self, loss: float, norm: float) -> None:
@@ -205,15 +180,21 @@ class Trainer:
             )
 
     def _loss_of_shard(self, model: nn.Module, shard: int) -> Tensor:
-        params = self.params
-        torch.manual_seed(seed_of(params.seed, self.progress.step, shard))  # of the windows and of dropout
-        inputs_BT, targets_BT = random_windows(
-            self.data.train, count=params.batch_size // params.shards, block_size=self.model.params.block_size
-        )
+        torch.manual_seed(seed_of(self.params.seed, self.progress.step, shard))  # of random windows and of dropout
+        inputs_BT, targets_BT = self._windows_of_shard(shard)
         device = self.group.device
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+        mixed = self.params.precision == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
             logits_BTV = model(inputs_BT.to(device))
         return next_token_loss(logits_BTV, targets_BT.to(device))
+
+    def _windows_of_shard(self, shard: int) -> Batch:
+        params, block_size = self.params, self.model.params.block_size
+        count = params.batch_size // params.shards
+        if params.windows == "random":
+            return random_windows(self.data.train, count=count, block_size=block_size)
+        first = (self.progress.step - 1) * params.batch_size + shard * count
+        return shuffled_windows(self.data.train, first=first, count=count, block_size=block_size, seed=params.seed)
 
 
 def seed_of(*parts: int) -> int:

@@ -13,8 +13,10 @@ import torch
 from ruamel.yaml import YAML
 
 from gpt.device import CPU_THREADS
+from gpt.model import ModelParams
 from gpt.token_files import TokenData, load_tokens
 from gpt.tokenize import TokenizeParams, tokenize
+from gpt.training import TrainParams
 from tests.workspace import done, empty_store, fresh, place, server  # noqa: F401 (pytest finds fixtures here)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +40,16 @@ def small_params(**changes: Any) -> dict[str, Any]:
         section, key = target.split("__")
         params[section][key] = value
     return params
+
+
+def model_params(**changes: Any) -> ModelParams:
+    """The section `model` of the smoke preset, with changes."""
+    return ModelParams.model_validate({**small_params()["model"], **changes})
+
+
+def train_params(**changes: Any) -> TrainParams:
+    """The section `train` of the smoke preset, with changes."""
+    return TrainParams.model_validate({**small_params()["train"], **changes})
 
 
 def write_params(path: Path, **changes: Any) -> Path:

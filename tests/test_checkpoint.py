@@ -11,10 +11,11 @@ import torch
 from gpt.checkpoint import FORMAT, TRAILER, Checkpoint, load_checkpoint
 from gpt.errors import UserError
 from gpt.files import canonical_json
-from gpt.model import GPT, ModelParams
+from gpt.model import GPT
 from gpt.tokenizer import CharTokenizer
+from tests.conftest import model_params
 
-PARAMS = ModelParams(n_layer=1, n_head=1, n_embd=4, block_size=4, dropout=0)
+PARAMS = model_params(n_layer=1, n_head=1, n_embd=4, block_size=4, dropout=0, position="learned", ngram=1)
 TOKENIZER = CharTokenizer("\nabc")
 
 
@@ -124,7 +125,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_listed(saved: Path, tmp_path: Path) -> None:
     weights = dict(load_checkpoint(saved).weights)
     weights["extra"] = weights.pop("norm.weight").double()
-    weights["position_embedding.weight"] = torch.zeros(5, 4)
+    weights["positions.table.weight"] = torch.zeros(5, 4)
     metadata = {"model": PARAMS.model_dump(), "tokenizer": TOKENIZER.to_json(), "about": {}}
     path = tmp_path / "other.pt"
     path.write_bytes(sealed({"format": FORMAT, "metadata": canonical_json(metadata), "weights": weights}))
@@ -133,6 +134,6 @@ def test_weights_that_do_not_fit_are_listed(saved: Path, tmp_path: Path) -> None
     for part in (
         "norm.weight is missing",
         "extra is unknown",
-        "position_embedding.weight: expected torch.float32 [4, 4]",
+        "positions.table.weight: expected torch.float32 [4, 4]",
     ):
         assert part in str(error.value)

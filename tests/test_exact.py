@@ -75,18 +75,26 @@ def forget_seed(_seed: int) -> None:
     """In place of torch.manual_seed: the random numbers of a step come from wherever the process stands."""
 
 
-def forget_moment(self: Trainer, digests: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
-    """In place of Trainer.state: the optimizer's memory of the gradient is lost."""
+def forget(memory: str, self: Trainer, digests: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """In place of Trainer.state: an optimizer's memory of the gradient is lost."""
     metadata, tensors = STATE(self, digests)
-    for moments in tensors["optimizer"]["state"].values():
-        moments["exp_avg"] = torch.zeros_like(moments["exp_avg"])
+    found = [moments for state in tensors["optimizers"] for moments in state["state"].values() if memory in moments]
+    assert found
+    for moments in found:
+        moments[memory] = torch.zeros_like(moments[memory])
     return metadata, tensors
+
+
+def forgetful(memory: str) -> Callable[[Trainer, dict[str, object]], tuple[dict[str, object], dict[str, object]]]:
+    """A Trainer.state that loses one memory."""
+    return lambda self, digests: forget(memory, self, digests)
 
 
 STATE = Trainer.state
 SABOTAGE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a shard's seed": lambda patch: patch.setattr(torch, "manual_seed", forget_seed),
-    "an optimizer moment": lambda patch: patch.setattr(Trainer, "state", forget_moment),
+    "a moment of AdamW": lambda patch: patch.setattr(Trainer, "state", forgetful("exp_avg")),
+    "the momentum of Muon": lambda patch: patch.setattr(Trainer, "state", forgetful("momentum")),
     "the clearing of a gradient": lambda patch: patch.setattr(
         "torch.nn.parallel.DistributedDataParallel.zero_grad", lambda self, set_to_none: None
     ),

@@ -234,6 +234,12 @@ def test_a_second_repro_says_who_is_there_first(workspace: Path, tmp_path: Path)
     assert refused.returncode != 0
     assert f"(PID {first.pid}): " in refused.stderr
     assert "dvc repro train" in refused.stderr
+    named = subprocess.run(
+        [sys.executable, "-m", "stages.mend"], cwd=workspace, text=True, capture_output=True, check=True
+    )
+    assert (
+        f"dvc repro train, PID {first.pid} on {socket.gethostname()} since " in named.stdout
+    )  # by `make repro` before it
     tree = first.children(recursive=True)
     for process in tree:
         process.suspend()

@@ -1,13 +1,19 @@
 """dvc's list of locks after a SIGKILL of dvc."""
 
 import fcntl
+import os
+import re
+import signal
+import socket
 import subprocess
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from stages.mend import GUARD, RWLOCK, mend
-from tests.pipeline import dvc
+from stages.mend import GUARD, RWLOCK, at_work, mend
+from tests.pipeline import dvc, wait_for
 
 
 @pytest.fixture
@@ -36,3 +42,22 @@ def test_a_list_that_is_being_written_stays(workspace: Path) -> None:
         fcntl.flock(guard, fcntl.LOCK_EX)
         assert not mend()
     assert RWLOCK.exists()
+
+
+def test_whoever_is_at_work_is_named_with_host_and_time(workspace: Path) -> None:
+    """dvc itself says nothing but the PID."""
+    RWLOCK.write_text("{}")
+    (workspace / "dvc.yaml").write_text("stages: {one: {cmd: 'touch begun && sleep 60', outs: [out]}}\n")
+    assert at_work() == []
+    first = subprocess.Popen(["dvc", "repro"], start_new_session=True)
+    try:
+        wait_for((workspace / "begun").exists)
+        (line,) = at_work()
+        found = re.fullmatch(r"at work here: dvc repro, PID (\d+) on (\S+) since (\S+ \S+); wait for it to end", line)
+        assert found
+        assert (int(found[1]), found[2]) == (first.pid, socket.gethostname())
+        assert abs(datetime.fromisoformat(found[3]).timestamp() - time.time()) < 60
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    assert at_work() == []

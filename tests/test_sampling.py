@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 
-from gpt.model import GPT, ModelParams
-from gpt.sampling import SamplingParams, keep_top_k, sample, sample_together
+from gpt.model import GPT
+from gpt.sampling import Reader, SamplingParams, keep_top_k, sample, sample_together
 from gpt.tokenizer import CharTokenizer
+from tests.conftest import model_params
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
     torch.manual_seed(0)
-    model = GPT(ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=4, dropout=0), vocab_size=5)
+    model = GPT(model_params(n_layer=1, n_head=1, n_embd=8, block_size=4, dropout=0), vocab_size=5)
     torch.nn.init.normal_(model.token_embedding.weight, std=0.3)
     return model.eval()
 
@@ -37,12 +38,33 @@ def test_the_same_seed_gives_the_same_text_even_past_the_block(model: GPT) -> No
 
 def test_temperature_0_and_top_1_take_the_likeliest(model: GPT) -> None:
     greedy = list(sample(model, [0], SamplingParams(max_new_tokens=12, temperature=0), seed=1))
-    tokens = [0]
+    window = [0]  # of at most 4 tokens; a full one keeps its last half
     for token in greedy:
-        assert token == int(model(torch.tensor([tokens[-4:]]))[0, -1].argmax())
-        tokens.append(token)
+        assert token == int(model(torch.tensor([window]))[0, -1].argmax())
+        window = [*(window[-2:] if len(window) == 4 else window), token]
     for params in (SamplingParams(max_new_tokens=12, top_k=1), SamplingParams(max_new_tokens=12, temperature=1e-9)):
         assert list(sample(model, [0], params, seed=5)) == greedy
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+@pytest.mark.parametrize("prompt", [1, 5, 8, 20])
+def test_what_is_kept_changes_no_score_inside_the_block_and_past_it(position: str, prompt: int) -> None:
+    torch.manual_seed(0)
+    params = model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position)
+    model = GPT(params, vocab_size=11).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    cached, reference = Reader(model, texts=3), Reader(model, texts=3, cached=False)
+    with torch.inference_mode():
+        for length in [prompt] + [1] * 30:
+            tokens_BT = torch.randint(11, (3, length))
+            assert torch.allclose(cached.scores(tokens_BT), reference.scores(tokens_BT), atol=1e-4)
+
+
+def test_a_long_prompt_is_seen_up_to_the_block(model: GPT) -> None:
+    tokens_BT = torch.tensor([[1, 2, 3, 4, 0, 1, 2]])
+    with torch.inference_mode():
+        assert torch.equal(Reader(model, texts=1).scores(tokens_BT), Reader(model, texts=1).scores(tokens_BT[:, -4:]))
 
 
 def test_draws_follow_the_probabilities(model: GPT) -> None:
@@ -76,7 +98,7 @@ def test_side_by_side_the_same_seed_gives_the_same_texts_even_past_the_block(mod
 
 def test_side_by_side_a_sequence_is_what_it_is_alone() -> None:
     torch.manual_seed(0)
-    model = GPT(ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=4, dropout=0), vocab_size=5).eval()
+    model = GPT(model_params(n_layer=1, n_head=1, n_embd=8, block_size=4, dropout=0), vocab_size=5).eval()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.7)  # so that every token of the context counts
     alone = sample(model, [3], SamplingParams(max_new_tokens=40, temperature=1.0), seed=4)

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from gpt.calibration import calibration_error, calibration_table, predictions
 from gpt.checkpoint import Checkpoint
-from gpt.dataset import MIN_BLOCKS, check_lengths, covering_windows, random_windows
+from gpt.dataset import MIN_BLOCKS, check_lengths, covering_windows, random_windows, shuffled_windows
 from gpt.errors import UserError
 from gpt.evaluate import EvaluateParams, evaluate
-from gpt.model import GPT, ModelParams
+from gpt.model import GPT
 from gpt.scoring import bigram_loss, losses, mean_by_position, unigram_loss
 from gpt.token_files import Meta, TokenData
 from gpt.tokenizer import CharTokenizer
+from tests.conftest import model_params
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,29 @@ def test_a_target_is_the_token_after_its_input(data: TokenData) -> None:
         assert data.tokenizer.decode([*inputs_T.tolist(), int(targets_T[-1])]) in text
 
 
+def test_shuffled_windows_visit_every_place_once_an_epoch_and_anew_in_the_next() -> None:
+    split = np.arange(1003, dtype=np.uint16)
+    an_epoch = 1002 // 10 - 1
+    seen = []
+    for epoch in range(2):
+        inputs_BT, targets_BT = shuffled_windows(split, first=epoch * an_epoch, count=an_epoch, block_size=10, seed=1)
+        assert torch.equal(targets_BT, inputs_BT + 1)
+        starts = inputs_BT[:, 0]
+        assert len(set(inputs_BT.flatten().tolist())) == 10 * an_epoch
+        assert starts.tolist() != sorted(starts.tolist())
+        seen.append(starts)
+    assert not torch.equal(*seen)
+
+
+def test_shuffled_windows_are_a_function_of_their_numbers() -> None:
+    split = np.arange(1003, dtype=np.uint16)
+    whole, _ = shuffled_windows(split, first=90, count=20, block_size=10, seed=1)  # across the border of two epochs
+    parts = [shuffled_windows(split, first=first, count=5, block_size=10, seed=1)[0] for first in range(90, 110, 5)]
+    assert torch.equal(whole, torch.cat(parts))
+    other, _ = shuffled_windows(split, first=90, count=20, block_size=10, seed=2)
+    assert not torch.equal(whole, other)
+
+
 def test_random_windows_reach_both_ends(data: TokenData) -> None:
     torch.manual_seed(0)
     split = data.train[:10]
@@ -52,7 +76,7 @@ def test_random_windows_reach_both_ends(data: TokenData) -> None:
 
 def test_losses_do_not_depend_on_the_batches(data: TokenData) -> None:
     torch.manual_seed(0)
-    model = GPT(ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0.5), data.meta.vocab_size)
+    model = GPT(model_params(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0.5), data.meta.vocab_size)
     sums = []
     for batch_size in (1, 7, 1000):
         windows = covering_windows(data, block_size=16, batch_size=batch_size)
@@ -76,7 +100,7 @@ def test_mean_by_position_by_hand() -> None:
 
 def test_predictions_are_those_of_the_losses(data: TokenData) -> None:
     torch.manual_seed(0)
-    model = GPT(ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0.5), data.meta.vocab_size)
+    model = GPT(model_params(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0.5), data.meta.vocab_size)
     torch.nn.init.normal_(model.token_embedding.weight, std=0.5)
     windows = covering_windows(data, block_size=16, batch_size=50)
     by_batch, probability, right = predictions(model, windows, CPU)
@@ -99,7 +123,7 @@ def test_calibration_by_hand() -> None:
 
 
 def test_a_model_that_always_guesses(data: TokenData) -> None:
-    params = ModelParams(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0)
+    params = model_params(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0)
     model = GPT(params, data.meta.vocab_size)
     weights = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
     checkpoint = Checkpoint(params, data.tokenizer, weights, {})

@@ -11,12 +11,13 @@ from gpt.distributed import Group, ShardedModel, joined
 from gpt.errors import UserError
 from gpt.history import read_records
 from gpt.model import GPT, ModelParams, next_token_loss
-from gpt.optimizer import learning_rate_at, make_optimizer
+from gpt.muon import Muon, orthogonalise
+from gpt.optimizer import learning_rate_at, make_optimizers
 from gpt.params import check_section
 from gpt.run_folder import RunFolder
 from gpt.token_files import TokenData
 from gpt.training import Trainer, TrainParams, seed_of
-from tests.conftest import small_params
+from tests.conftest import model_params, small_params, train_params
 
 CPU = torch.device("cpu")
 
@@ -61,24 +62,69 @@ def test_shards_are_summed_in_a_tree_not_in_a_row() -> None:
     assert float(weight.weight.grad) * 4 == float(tree) != float(row)
 
 
-def test_the_rate_rises_then_falls() -> None:
-    rates = [
-        learning_rate_at(step, max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1)
-        for step in range(1, 101)
-    ]
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_rate_rises_then_falls(schedule: str) -> None:
+    rates = rates_of(schedule)
     assert rates[:10] == pytest.approx([step / 11 for step in range(1, 11)])
-    assert rates[10] == pytest.approx(1.0, abs=0.001)
+    assert rates[10] == pytest.approx(1.0, abs=0.011)
     assert rates[54] == pytest.approx(0.55)  # half-way down
     assert rates[-1] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_only_matrices_decay() -> None:
-    model = GPT(ModelParams(n_layer=1, n_head=1, n_embd=4, block_size=4, dropout=0), 5)
-    groups = make_optimizer(model, learning_rate=1, beta1=0.9, beta2=0.9, weight_decay=0.3).param_groups
-    decays = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
+def rates_of(schedule: str) -> list[float]:
+    params = train_params(max_steps=100, warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1, schedule=schedule)
+    return [learning_rate_at(step, params) for step in range(1, 101)]
+
+
+def test_half_a_cosine_leaves_slowly_a_line_at_once() -> None:
+    assert rates_of("cosine")[20] > rates_of("linear")[20]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_weight_is_moved_by_the_optimizer_that_is_made_for_it(optimizer: str) -> None:
+    model = GPT(model_params(n_layer=1, n_head=1, n_embd=4, block_size=4, position="learned"), 5)
+    params = train_params(optimizer=optimizer, weight_decay=0.3, muon_weight_decay=0.2)
+    with joined(CPU, timeout_s=30) as group:
+        optimizers = make_optimizers(params, model, group)
+    decays = {
+        id(weight): (type(one).__name__, group["weight_decay"])
+        for one in optimizers
+        for group in one.param_groups
+        for weight in group["params"]
+    }
     for name, weight in model.named_parameters():
-        assert decays[id(weight)] == (0.0 if "norm" in name else 0.3), name
+        expected = ("AdamW", 0.0 if weight.dim() < 2 else 0.3)
+        if optimizer == "muon" and name.startswith("blocks") and weight.dim() == 2:
+            expected = ("Muon", 0.2)
+        assert decays[id(weight)] == expected, name
+
+
+def test_muon_brings_singular_values_near_one_and_keeps_their_vectors() -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 6, 20)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalise(matrices)
+    in_their_basis = left.mT @ found @ right.mT
+    diagonal = in_their_basis.diagonal(dim1=1, dim2=2)
+    assert ((diagonal > 0.6) & (diagonal < 1.3)).all()
+    assert torch.allclose(in_their_basis, torch.diag_embed(diagonal), atol=1e-3)
+    assert not ((values > 0.6) & (values < 1.3)).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (16, 4), (4, 16)])
+def test_muon_steps_as_far_for_any_gradient(shape: tuple[int, int]) -> None:
+    """The length of a step is that of an orthogonal matrix, not of the gradient."""
+    lengths = []
+    for scale in (1e-6, 1e6):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = scale * torch.randn(shape)
+        with joined(CPU, timeout_s=30) as group:
+            Muon([weight], group, lr=0.1, momentum=0.9, weight_decay=0.0).step()
+        lengths.append(float(weight.detach().norm()))
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.05)
+    assert lengths[0] == pytest.approx(0.1 * 2 * max(1, (shape[0] / shape[1]) ** 0.5), rel=0.35)
 
 
 def test_training_learns_and_keeps_the_best_weights(data: TokenData, tmp_path: Path) -> None:
@@ -137,7 +183,7 @@ def test_seeds_of_neighbours_are_unrelated() -> None:
 def test_the_bits_do_not_depend_on_ddps_buckets(data: TokenData) -> None:
     """One bucket for all parameters, or one for almost every parameter, rebuilt by DDP after its first pass."""
     torch.manual_seed(0)
-    model = GPT(ModelParams(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0), data.meta.vocab_size)
+    model = GPT(model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0), data.meta.vocab_size)
     tokens_BT = torch.randint(data.meta.vocab_size, (8, 9))
 
     def loss(part: nn.Module, shard: int) -> torch.Tensor:

@@ -1,0 +1,75 @@
+"""What each part of the default recipe is worth: short trainings with one thing changed, over several seeds.
+
+    python -m benchmarks.ablations
+
+Equal numbers of steps, so equal tokens; what a change costs in time stands in `benchmarks.steps`. One process of one
+thread each, two at a time; the bits do not depend on that.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.races import DEFAULT, ROOT
+
+CHANGES = {
+    "as it is": (),
+    "no n-gram embeddings": ("model.ngram=1",),
+    "n-grams up to 3": ("model.ngram=3",),
+    "AdamW alone, its best rate of three": ("train.optimizer=adamw", "train.learning_rate=0.005"),
+    "learned positions": ("model.position=learned",),
+    "GELU": ("model.activation=gelu",),
+    "no normalisation of queries and keys": ("model.qk_norm=false",),
+    "tied embeddings": ("model.tie_embeddings=true",),
+    "windows at random": ("train.windows=random",),
+    "float32": ("train.precision=float32",),
+    "half a cosine": ("train.schedule=cosine",),
+    "dropout 0.1": ("model.dropout=0.1",),
+}
+
+
+def main(
+    steps: int = 150,
+    seeds: int = 3,
+    tokens: Annotated[Path, typer.Option(help="Folder that the command tokenize wrote.")] = ROOT / "data" / "tokens",
+    only: Annotated[str, typer.Option(help="Part of the names of the changes to try.")] = "",
+) -> None:
+    """Train and print a markdown table: the mean loss, its spread, and how far it is from the recipe as it is."""
+    short = [f"train.max_steps={steps}", f"train.eval_interval={steps}"]
+    chosen = {name: changes for name, changes in CHANGES.items() if only in name or not changes}
+    with ThreadPoolExecutor(2) as pool:
+        losses = {
+            name: [
+                pool.submit(final_loss, [*short, *changes, f"train.seed={seed}"], tokens)
+                for seed in range(1337, 1337 + seeds)
+            ]
+            for name, changes in chosen.items()
+        }
+        print(f"| {steps} steps, {seeds} seeds | loss | spread | worse by |\n|---|---|---|---|")
+        base = statistics.mean(each.result() for each in losses["as it is"])
+        for name, futures in losses.items():
+            found = [each.result() for each in futures]
+            mean = statistics.mean(found)
+            print(f"| {name} | {mean:.4f} | {max(found) - min(found):.4f} | {mean - base:+.4f} |", flush=True)
+
+
+def final_loss(changes: list[str], tokens: Path) -> float:
+    """Train in a folder that is gone afterwards; the loss on the whole validation split after the last step."""
+    with tempfile.TemporaryDirectory(prefix="chargpt-ablation-") as folder:
+        command = [sys.executable, "-m", "gpt", "train", "--params", str(ROOT / DEFAULT), "--tokens", str(tokens)]
+        command += [word for change in changes for word in ("-S", change)]
+        for option in ("checkpoint", "metrics", "history", "validation", "run-dir", "log-file"):
+            command += [f"--{option}", str(Path(folder) / option)]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        return float(json.loads((Path(folder) / "metrics").read_text())["val_loss"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,150 @@
+"""How fast the loss falls: whole trainings of our recipes beside nanoGPT's, in turns, on the same cores.
+
+    python -m benchmarks.races
+
+Every training is the real command under torchrun, two processes of one thread. Seconds of training are those of the
+optimizer's steps with their data, as the history holds them; evaluations are in the time of the whole process only.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gpt.history import Record, read_records
+from gpt.params import read_params
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE, QUICK, DEFAULT = "presets/nanogpt-cpu.yaml", "presets/quick.yaml", "params.yaml"
+AS_LONG = "default, as long as the reference"
+SLOWER = 1.05  # a ratio to the reference beyond this one to the last time is worth a line
+
+
+@dataclass(frozen=True)
+class Race:
+    """One training: where it came to and when; points are (seconds of training, step, validation loss)."""
+
+    name: str
+    whole_s: float
+    training_s: float
+    steps: int
+    val_loss: float
+    points: list[tuple[float, int, float]]
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; each with another seed, from 1337 on.")] = 3,
+    tokens: Annotated[Path, typer.Option(help="Folder that the command tokenize wrote.")] = ROOT / "data" / "tokens",
+    out: Annotated[Path, typer.Option(help="Where the figures go, compared with those that lie there.")] = ROOT
+    / "benchmarks"
+    / "races.json",
+) -> None:
+    """Race, print a table, say what got slower since the last time, and write the figures."""
+    races: list[Race] = []
+    for seed in range(1337, 1337 + repeats):
+        reference = run("reference", REFERENCE, tokens, seed=seed)
+        default = run("default", DEFAULT, tokens, seed=seed)
+        steps = round(default.steps * reference.training_s / default.training_s)
+        as_long = run(AS_LONG, DEFAULT, tokens, seed=seed, max_steps=steps)
+        races += [reference, run("quick", QUICK, tokens, seed=seed), default, as_long]
+    found = {
+        name: summary([race for race in races if race.name == name]) for name in dict.fromkeys(r.name for r in races)
+    }
+    before = json.loads(out.read_text(encoding="utf-8"))["recipes"] if out.exists() else {}
+    print("\n".join([*table(found), *slower(before, found)]))
+    out.write_text(json.dumps({"recipes": found, "races": [asdict(race) for race in races]}, indent=1) + "\n")
+
+
+def run(name: str, recipe: str, tokens: Path, **changes: int) -> Race:
+    """Train once, in a folder that is gone afterwards."""
+    settings = [word for key, value in changes.items() for word in ("-S", f"train.{key}={value}")]
+    params = read_params(ROOT / recipe, settings[1::2])
+    batch = params["train"]["batch_size"] * params["model"]["block_size"]
+    with tempfile.TemporaryDirectory(prefix="chargpt-race-") as folder:
+        command = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "gpt", "train"]
+        command += ["--params", str(ROOT / recipe), "--tokens", str(tokens), *settings]
+        for option in ("checkpoint", "metrics", "history", "validation", "run-dir", "log-file"):
+            command += [f"--{option}", str(Path(folder) / option)]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+        began = time.monotonic()
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=variables)
+        whole = time.monotonic() - began
+        records = read_records(Path(folder) / "run-dir" / "history.jsonl")
+        loss = json.loads((Path(folder) / "metrics").read_text())["val_loss"]
+    points = list(timed(records, batch))
+    race = Race(name, whole, points[-1][0], records[-1].step, loss, points)
+    print(f"{name}: {race.training_s:.1f} s of training, {whole:.1f} s in all, loss {loss:.4f}", flush=True)
+    return race
+
+
+def timed(records: Iterable[Record], batch: int) -> Iterable[tuple[float, int, float]]:
+    """Each evaluation with the seconds of training until then; a batch is a number of tokens."""
+    kept = list(records)
+    before = [0, *(record.step for record in kept)]
+    spent = [
+        (record.step - last) * batch / record.tokens_per_second for record, last in zip(kept, before, strict=False)
+    ]
+    for seconds, record in zip(accumulate(spent), kept, strict=True):
+        if record.val_loss is not None:
+            yield round(seconds, 3), record.step, record.val_loss
+
+
+def summary(races: list[Race]) -> dict[str, Any]:
+    """Medians over the turns, their least and greatest, and the mean and spread of the loss over the seeds."""
+    losses = [race.val_loss for race in races]
+    return {
+        "steps": races[0].steps,
+        "training_s": spread([race.training_s for race in races]),
+        "whole_s": spread([race.whole_s for race in races]),
+        "ms_a_step": spread([1000 * race.training_s / race.steps for race in races]),
+        "val_loss": {"mean": statistics.mean(losses), "least": min(losses), "greatest": max(losses)},
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The median, and between what values it lies."""
+    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The recipes as lines of a markdown table, times also as parts of the reference's."""
+    lines = ["| recipe | steps | ms a step | training | whole process | loss |", "|---|---|---|---|---|---|"]
+    reference = found["reference"]
+    for name, recipe in found.items():
+        times = (
+            f"{recipe[key]['median']:.1f} s ({reference[key]['median'] / recipe[key]['median']:.2f} times faster)"
+            for key in ("training_s", "whole_s")
+        )
+        step, loss = recipe["ms_a_step"], recipe["val_loss"]
+        lines.append(
+            f"| {name} | {recipe['steps']:,} | {step['median']:.1f} ({step['least']:.1f} to {step['greatest']:.1f}) | "
+            f"{' | '.join(times)} | {loss['mean']:.4f} ({loss['least']:.4f} to {loss['greatest']:.4f}) |"
+        )
+    return lines
+
+
+def slower(before: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """What takes longer than the last time, measured against the reference of the same run."""
+    lines = []
+    for name in found.keys() & before.keys() - {"reference"}:
+        now, then = (
+            each[name]["ms_a_step"]["median"] / each["reference"]["ms_a_step"]["median"] for each in (found, before)
+        )
+        if now > SLOWER * then:
+            lines.append(f"slower: a step of {name} takes {now:.2f} of the reference's, last time {then:.2f}")
+    return lines or ["nothing got slower than the last time"]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -33,6 +33,7 @@ class TrainParams(OptimizerParams):
     windows: Literal["shuffled", "random"]
     grad_clip: float = Field(gt=0)
     precision: Literal["float32", "bfloat16"]
+    compile: bool
     log_interval: int = Field(ge=1)
     eval_interval: int = Field(ge=1)
     save_interval: int = Field(ge=1)
@@ -71,6 +72,8 @@ class Trainer:
         self.group = group
         self.progress = Progress()
         self.best = _copy(self.model)
+        if params.compile:
+            self.model.compile()  # in place: the names of the weights stay
         self._sharded = ShardedModel(self.model, group, params.shards)
         self.optimizers = make_optimizers(params, self.model, group)
         block = model.params.block_size

@@ -20,7 +20,7 @@ from gpt.files import atomic_write, prepare_output, sha256_file, write_figures
 from gpt.memorisation import WINDOW, Copies, find_copies
 from gpt.model import GPT
 from gpt.params import Section, read_section
-from gpt.sampling import sample_together
+from gpt.sampling import SamplingParams, sample
 from gpt.scoring import bigram_loss, mean_by_position, uniform_loss, unigram_loss
 from gpt.token_files import TokenData, load_tokens
 from gpt.tokenizer import CharTokenizer
@@ -112,8 +112,9 @@ def command(
 def _write(model: GPT, tokenizer: CharTokenizer, *, characters: int, seed: int) -> list[str]:
     """Texts by the model, each as if after a line end, that have so many characters together, or a few more."""
     length = -(-characters // TEXTS)
-    tokens_BT = sample_together(model, [tokenizer.start], count=TEXTS, length=length, seed=seed)
-    return [tokenizer.decode(tokens_T) for tokens_T in tokens_BT.tolist()]
+    settings = SamplingParams(max_new_tokens=length, temperature=1.0)  # the model's own probabilities
+    rows = sample(model, [tokenizer.start], settings, range(seed, seed + TEXTS))
+    return [tokenizer.decode(tokens_T) for tokens_T in zip(*rows, strict=True)]
 
 
 def _real_texts(data: TokenData, *, count: int, length: int) -> list[str]:

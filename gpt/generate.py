@@ -38,10 +38,11 @@ def texts(checkpoint: Checkpoint, params: GenerateParams) -> Iterator[tuple[str,
     model, tokenizer = checkpoint.build(), checkpoint.tokenizer
     encoded = [_encode(checkpoint, prompt) if prompt else [tokenizer.start] for prompt in params.prompts]
     for number, (prompt, tokens) in enumerate(zip(params.prompts, encoded, strict=True)):
+        first = params.seed + number * params.samples
+        drawn = sample(model, [int(token) for token in tokens], params, range(first, first + params.samples))
+        kept: list[list[int]] = []
         for turn in range(params.samples):
-            seed = params.seed + number * params.samples + turn
-            pieces = (tokenizer.decode([token]) for token in sample(model, [int(t) for t in tokens], params, seed))
-            yield prompt, turn + 1, pieces
+            yield prompt, turn + 1, (tokenizer.decode([row[turn]]) for row in _again(kept, drawn))
 
 
 def command(
@@ -90,6 +91,14 @@ def command(
             with atomic_write(out) as file:
                 file.write(content.encode())
             print(f"{len(settings.prompts) * settings.samples} samples -> {out}")
+
+
+def _again(kept: list[list[int]], more: Iterator[list[int]]) -> Iterator[list[int]]:
+    """What was drawn before, then what is drawn now: the first sample comes as it is drawn, the others with it."""
+    yield from kept
+    for row in more:
+        kept.append(row)
+        yield row
 
 
 def _encode(checkpoint: Checkpoint, prompt: str) -> Any:

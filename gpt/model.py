@@ -186,7 +186,8 @@ class GPT(nn.Module):
         context_BT = cache.read(tokens_BT) if cache else tokens_BT
         x_BTC = self.token_embedding(tokens_BT)
         if self.ngram_embeddings is not None:
-            x_BTC = x_BTC + self.ngram_embeddings(context_BT[:, -length - self.params.ngram + 1 :])[:, -length:]
+            ngrams_BTC = self.ngram_embeddings(context_BT[:, -length - self.params.ngram + 1 :])[:, -length:]
+            x_BTC = F.layer_norm(x_BTC + ngrams_BTC, x_BTC.shape[-1:])  # rare and frequent n-grams weigh the same
         if self.positions is not None:
             x_BTC = self.positions(x_BTC, before)
         x_BTC = self.dropout(x_BTC)

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from gpt.scoring import Batch, losses
 from gpt.token_files import TokenData
 
 EXPLODED = 10  # times the loss of guessing
-EVALUATION_TOKENS = 8192  # a batch of the evaluation between steps: part of the bits, so no parameter of the machine
+EVALUATION_TOKENS = 4096  # a batch of the evaluation between steps: part of the bits, so no parameter of the machine
 
 
 class TrainParams(OptimizerParams):
@@ -147,7 +147,8 @@ class Trainer:
     def evaluate(self) -> float:
         """The loss on the whole validation split, its batches shared out among the ranks; keeps the best weights."""
         mine = self._val_batches[self.group.rank :: self.group.size]
-        sums = [float(batch.sum()) for batch in losses(self.model, mine, self.group.device)]
+        with self._precision():
+            sums = [float(batch.sum()) for batch in losses(self.model, mine, self.group.device)]
         rounds = -(-len(self._val_batches) // self.group.size)
         everyone = self.group.gather(sums + [0.0] * (rounds - len(sums)))
         in_order = [everyone[rank * rounds + turn] for turn in range(rounds) for rank in range(self.group.size)]
@@ -186,10 +187,13 @@ class Trainer:
         torch.manual_seed(seed_of(self.params.seed, self.progress.step, shard))  # of random windows and of dropout
         inputs_BT, targets_BT = self._windows_of_shard(shard)
         device = self.group.device
-        mixed = self.params.precision == "bfloat16"
-        with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
+        with self._precision():
             logits_BTV = model(inputs_BT.to(device))
         return next_token_loss(logits_BTV, targets_BT.to(device))
+
+    def _precision(self) -> AbstractContextManager[None]:
+        mixed = self.params.precision == "bfloat16"
+        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=mixed)
 
     def _windows_of_shard(self, shard: int) -> Batch:
         params, block_size = self.params, self.model.params.block_size

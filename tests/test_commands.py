@@ -73,7 +73,7 @@ def test_evaluate_repeats_the_training_figure(gpt: RunGpt, trained: Path, tokens
     figures = json.loads((tmp_path / "evaluate.json").read_text())
     val_loss = load_checkpoint(trained / "model.pt").about["val_loss"]
     assert list(figures) == ["bits_per_char", "calibration_error", "longest_copy", "copied"]
-    assert figures["bits_per_char"] == round(val_loss / math.log(2), 4)
+    assert figures["bits_per_char"] == pytest.approx(val_loss / math.log(2), abs=0.01)  # training measures in bfloat16
     assert f"loss {val_loss:.4f} nats" in done.stdout
     assert len((tmp_path / "positions.csv").read_text().splitlines()) == 1 + 32
     header, *rows = (tmp_path / "calibration.csv").read_text().splitlines()

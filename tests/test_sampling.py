@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt.model import GPT
-from gpt.sampling import Reader, SamplingParams, keep_top_k, sample, sample_together
+from gpt.sampling import Reader, SamplingParams, keep_top_k, sample
 from gpt.tokenizer import CharTokenizer
 from tests.conftest import model_params
 
@@ -26,24 +26,29 @@ def test_top_k_by_hand() -> None:
         assert torch.equal(keep_top_k(logits_V, everything), logits_V)
 
 
+def one(model: GPT, prompt: list[int], params: SamplingParams, seed: int) -> list[int]:
+    """The continuation alone."""
+    return [token for (token,) in sample(model, prompt, params, [seed])]
+
+
 def test_the_same_seed_gives_the_same_text_even_past_the_block(model: GPT) -> None:
     params = SamplingParams(max_new_tokens=30)
     torch.manual_seed(1)
-    first = list(sample(model, [0], params, seed=1))
+    first = one(model, [0], params, seed=1)
     torch.manual_seed(2)
-    assert first == list(sample(model, [0], params, seed=1))
-    assert first != list(sample(model, [0], params, seed=2))
+    assert first == one(model, [0], params, seed=1)
+    assert first != one(model, [0], params, seed=2)
     assert len(first) == 30
 
 
 def test_temperature_0_and_top_1_take_the_likeliest(model: GPT) -> None:
-    greedy = list(sample(model, [0], SamplingParams(max_new_tokens=12, temperature=0), seed=1))
+    greedy = one(model, [0], SamplingParams(max_new_tokens=12, temperature=0), seed=1)
     window = [0]  # of at most 4 tokens; a full one keeps its last half
     for token in greedy:
         assert token == int(model(torch.tensor([window]))[0, -1].argmax())
         window = [*(window[-2:] if len(window) == 4 else window), token]
     for params in (SamplingParams(max_new_tokens=12, top_k=1), SamplingParams(max_new_tokens=12, temperature=1e-9)):
-        assert list(sample(model, [0], params, seed=5)) == greedy
+        assert one(model, [0], params, seed=5) == greedy
 
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])
@@ -70,16 +75,15 @@ def test_a_long_prompt_is_seen_up_to_the_block(model: GPT) -> None:
 def test_draws_follow_the_probabilities(model: GPT) -> None:
     probabilities = model(torch.tensor([[2]]))[0, -1].softmax(0)
     params = SamplingParams(max_new_tokens=1, temperature=1.0)
-    draws = torch.tensor([next(sample(model, [2], params, seed)) for seed in range(2000)])
+    (drawn,) = sample(model, [2], params, range(2000))
+    draws = torch.tensor(drawn)
     shares = torch.bincount(draws, minlength=5) / 2000
     assert torch.allclose(shares, probabilities, atol=0.05)
 
 
-def test_side_by_side_every_sequence_follows_the_probabilities_of_its_own(model: GPT) -> None:
-    tokens_BT = sample_together(model, [2], count=3000, length=2, seed=1)
-    first, second = tokens_BT[:, 0], tokens_BT[:, 1]
-    expected = model(torch.tensor([[2]]))[0, -1].softmax(0)
-    assert torch.allclose(torch.bincount(first, minlength=5) / 3000, expected, atol=0.04)
+def test_side_by_side_every_text_follows_the_probabilities_of_its_own(model: GPT) -> None:
+    rows = sample(model, [2], SamplingParams(max_new_tokens=2, temperature=1.0), range(3000))
+    first, second = (torch.tensor(row) for row in rows)
     frequent = [token for token in range(5) if (first == token).sum() > 100]
     assert len(frequent) > 1
     for token in frequent:
@@ -88,21 +92,15 @@ def test_side_by_side_every_sequence_follows_the_probabilities_of_its_own(model:
         assert torch.allclose(torch.bincount(after, minlength=5) / len(after), expected, atol=0.12)
 
 
-def test_side_by_side_the_same_seed_gives_the_same_texts_even_past_the_block(model: GPT) -> None:
-    first = sample_together(model, [0, 1], count=3, length=30, seed=1)
-    assert first.shape == (3, 30)
-    assert torch.equal(first, sample_together(model, [0, 1], count=3, length=30, seed=1))
-    assert not torch.equal(first, sample_together(model, [0, 1], count=3, length=30, seed=2))
-    assert len({tuple(tokens_T) for tokens_T in first.tolist()}) == 3
-
-
-def test_side_by_side_a_sequence_is_what_it_is_alone() -> None:
+def test_side_by_side_a_text_is_what_it_is_alone() -> None:
     torch.manual_seed(0)
     model = GPT(model_params(n_layer=1, n_head=1, n_embd=8, block_size=4, dropout=0), vocab_size=5).eval()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.7)  # so that every token of the context counts
-    alone = sample(model, [3], SamplingParams(max_new_tokens=40, temperature=1.0), seed=4)
-    assert sample_together(model, [3], count=1, length=40, seed=4).tolist() == [list(alone)]
+    params = SamplingParams(max_new_tokens=40, temperature=1.0)
+    together = list(zip(*sample(model, [3], params, [4, 5, 6]), strict=True))
+    assert [list(text) for text in together] == [one(model, [3], params, seed) for seed in (4, 5, 6)]
+    assert len(set(together)) == 3
 
 
 def test_a_text_starts_after_a_line_end_where_there_is_one() -> None:

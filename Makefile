@@ -24,7 +24,9 @@ proof: $(VENV)/test ## Run the tests that take longer; they need the browser chr
 chaos: $(VENV)/test ## Kill the pipeline 200 times at random and compare what it leaves (half an hour and more)
 	python -m tests.chaos --kills 200
 
-bench: $(VENV)/pipeline ## Measure what equal bits on any number of processes cost beside plain DDP
+bench: $(VENV)/pipeline ## Race our recipes against nanoGPT's, take steps apart, and price equal bits (20 minutes)
+	python -m benchmarks.races
+	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.steps
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=1 -m benchmarks.sharding
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.sharding
 

@@ -1,17 +1,48 @@
-"""Draw the pictures of the README from the pipeline's own outputs: `make pictures`."""
+"""Draw the pictures of README and docs: `make pictures`, from the pipeline's outputs and the last benchmark."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from stages.pictures import loss, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
+COLOURS = {"reference": "#888888", "quick": "#2980b9", "default": "#c0392b"}
+NAMES = {"reference": "nanoGPT's recipe", "quick": "presets/quick.yaml", "default": "params.yaml"}
 
 
 def main() -> None:
-    """Draw the loss over the steps."""
-    plots = ROOT / "plots"
-    picture = loss(read_table(plots / "history.csv"), read_table(plots / "validation.csv"))
-    (ROOT / "docs" / "loss.png").write_bytes(picture)
+    """Draw the loss over the steps, and the loss over the seconds beside the reference recipe's."""
+    plots, docs = ROOT / "plots", ROOT / "docs"
+    (docs / "loss.png").write_bytes(loss(read_table(plots / "history.csv"), read_table(plots / "validation.csv")))
+    races = json.loads((ROOT / "benchmarks" / "races.json").read_text(encoding="utf-8"))["races"]
+    race(races).savefig(docs / "speed.png", metadata={"Software": None})
+
+
+def race(races: list[dict[str, Any]]) -> Figure:
+    """Validation loss against seconds of training, one line a run."""
+    figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    named = set()
+    for one in races:
+        if one["name"] in NAMES:
+            seconds, _, losses = zip(*one["points"], strict=True)
+            label = None if one["name"] in named else NAMES[one["name"]]
+            named.add(one["name"])
+            axes.plot(seconds, losses, color=COLOURS[one["name"]], marker="o", markersize=4, linewidth=1, label=label)
+    axes.axhline(1.898, color="#888888", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        "1.898, published", (0, 1.898), xytext=(2, 3), textcoords="offset points", color="#666666", fontsize=8
+    )
+    axes.set(xlabel="seconds of training on two cores", ylabel="validation loss (nats a character)")
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
 
 
 if __name__ == "__main__":

@@ -27,3 +27,8 @@ def choose_device(wish: str, key: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def slow_in_bfloat16(device: torch.device) -> bool:
+    """Whether torch has to take bfloat16 products apart here: on a CPU without AVX-512 or the like."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

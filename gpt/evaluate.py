@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 import typer
 from pydantic import Field
 
@@ -33,6 +34,7 @@ class EvaluateParams(Section):
     """The section `evaluate`."""
 
     batch_size: int = Field(ge=1)
+    precision: Literal["float32", "bfloat16"]
     sample_characters: int = Field(ge=TEXTS * WINDOW)
     seed: int = Field(ge=0)
     device: Literal["auto", "cpu", "cuda"]
@@ -53,7 +55,8 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     device = choose_device(params.device, "evaluate.device")
     model = checkpoint.build().to(device)
     windows = covering_windows(data, block_size=checkpoint.model.block_size, batch_size=params.batch_size)
-    by_batch, probability, right = predictions(model, windows, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bfloat16"):
+        by_batch, probability, right = predictions(model, windows, device)
     nats = math.fsum(float(batch.sum()) for batch in by_batch)
     means, counts = mean_by_position(by_batch)
     calibration = calibration_table(probability, right)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gpt.checkpoint import Checkpoint
 from gpt.command import LOG_FILE, Changes, LogFile, ParamsFile, log, logging_to, say
 from gpt.dataset import check_lengths
-from gpt.device import choose_device
+from gpt.device import choose_device, slow_in_bfloat16
 from gpt.distributed import Group, joined, rank_of_environment
 from gpt.errors import UserError
 from gpt.files import prepare_output, sha256_file, write_figures
@@ -76,6 +76,8 @@ def train(
         torch.manual_seed(seed_of(params.seed))
         trainer = Trainer(params, GPT(model, data.meta.vocab_size), data, group)
         _continue_or_begin(trainer, folder, made_of)
+        if group.first and params.precision == "bfloat16" and slow_in_bfloat16(device):
+            say("this CPU has no instructions for bfloat16: float32 will be faster (-S train.precision=float32)")
         seen = _Reporter(params.max_steps, trainer.progress.step, folder.history) if group.first else _ignore
         with _polite_signals() as asked_to_stop:
             trainer.run(folder, made_of, seen, asked_to_stop)

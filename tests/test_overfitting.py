@@ -149,7 +149,7 @@ def test_a_text_long_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_what_was_learnt_by_heart_is_found_in_what_the_model_writes(tmp_path: Path) -> None:
     train_on("abcdefghij\n" * 100, tmp_path, steps=60)
     found = evaluate(
-        params=EvaluateParams(batch_size=64, sample_characters=800, seed=1, device="cpu"),
+        params=EvaluateParams(batch_size=64, precision="float32", sample_characters=800, seed=1, device="cpu"),
         checkpoint=load_checkpoint(tmp_path / "model.pt"),
         data=load_tokens(tmp_path / "tokens"),
     )

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,23 @@ def test_an_own_text_goes_all_the_way(
     line = only_line(capsys.readouterr().err)
     for part in ("prompt 'ROMEO:': expected only the", "generate.prompts", "an empty one always works"):
         assert part in line
+
+
+def test_a_poem_is_too_short_for_the_default_model_and_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poem = tmp_path / "poem.txt"
+    poem.write_text(babble(ACCENTS, " \n")[:2000], encoding="utf-8")
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    own = ["-S", f"download.sources=['{poem}']", "-S", "download.sha256=null"]
+    assert not run("download", own, monkeypatch)
+    assert not run("tokenize", own, monkeypatch)
+    capsys.readouterr()
+    assert run("train", own, monkeypatch) == 2
+    line = only_line(capsys.readouterr().err)
+    expected = "the text is too short: expected at least 512 tokens in each split (4 blocks of model.block_size 128)"
+    assert f"{expected}, found 1,800 to train on and 200 to validate on; set model.block_size to at most 50" in line
 
 
 @pytest.mark.proof

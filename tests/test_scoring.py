@@ -127,7 +127,7 @@ def test_a_model_that_always_guesses(data: TokenData) -> None:
     model = GPT(params, data.meta.vocab_size)
     weights = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
     checkpoint = Checkpoint(params, data.tokenizer, weights, {})
-    settings = EvaluateParams(batch_size=64, sample_characters=240, seed=1, device="cpu")
+    settings = EvaluateParams(batch_size=64, precision="float32", sample_characters=240, seed=1, device="cpu")
     found = evaluate(params=settings, checkpoint=checkpoint, data=data)
     size = data.meta.vocab_size
     assert found.figures["bits_per_char"] == pytest.approx(math.log2(size))

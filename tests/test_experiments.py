@@ -123,7 +123,7 @@ def test_comparisons_are_there(project: Path, grid: dict[str, Any]) -> None:
     lines = dvc(project, "params", "diff", one, other).stdout.splitlines()
     assert [line.split() for line in lines[1:]] == [["params.yaml", "train.learning_rate", "0.01", "0.02"]]
     figures = dvc(project, "metrics", "diff", one, other).stdout
-    assert re.search(r"metrics/evaluate.json +loss +\d\.\d+ +\d\.\d+ +-?\d\.\d+", figures)
+    assert re.search(r"metrics/evaluate.json +bits_per_char +\d\.\d+ +\d\.\d+ +-?\d\.\d+", figures)
     dvc(project, "plots", "diff", one, other)
     page = (project / "dvc_plots" / "index.html").read_text()
     for title in plot_titles():

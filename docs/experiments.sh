@@ -11,24 +11,24 @@ git config user.name "A Reader" && git config user.email reader@example.com
 show() { printf '\n$ %s\n' "$1"; eval "$1" 2>&1; }
 
 show 'cp presets/smoke.yaml params.yaml'
-show "sed -i -E 's/(n_embd|block_size): 32/\1: 64/; s/max_steps: 60/max_steps: 500/; s/(eval|save)_interval: 20/\1_interval: 100/' params.yaml"
+show "sed -i -E 's/(n_embd|block_size): 32/\1: 64/; s/max_steps: 60/max_steps: 300/; s/(eval|save)_interval: 20/\1_interval: 60/' params.yaml"
 show 'git commit --quiet --all --message "A small model"'
 show 'dvc repro'
 show 'git commit --quiet --all --message "Its results"'
-show 'dvc exp run --name slower -S train.learning_rate=0.003'
+show 'dvc exp run --name no-dropout -S model.dropout=0.0'
 show 'git diff params.yaml'
 show 'dvc params diff'
 show 'dvc metrics diff'
 show 'dvc exp run --temp --name seed-7 -S train.seed=7'
-show "dvc exp run --queue --name grid -S 'train.learning_rate=choice(0.002,0.005)' -S 'model.n_layer=range(2,4)'"
+show "dvc exp run --queue --name grid -S 'train.learning_rate=choice(0.005,0.02)' -S 'model.n_layer=range(2,4)'"
 show 'dvc queue start --jobs 2'
 until [ "$(dvc exp list --name-only | grep -c grid)" = 4 ]; do sleep 3; done
 show 'dvc queue status'
 show "dvc exp show --only-changed --hide-workspace --sort-by val_loss --drop 'Created|State|Executor|.*pt'"
-show 'dvc queue logs grid-2 | grep "loss .* nats"'
-show 'dvc plots diff HEAD slower grid-2'
-show 'dvc exp apply slower'
-show 'git commit --quiet --all --message "Learn more slowly"'
+show 'dvc queue logs grid-4 | grep "loss .* nats"'
+show 'dvc plots diff HEAD no-dropout grid-4'
+show 'dvc exp apply grid-4'
+show 'git commit --quiet --all --message "Three layers, no dropout"'
 show 'git checkout --quiet HEAD~1 && dvc checkout'
 show 'python -m gpt generate --checkpoint chargpt_nano.pt --prompt "ROMEO:" --max-new-tokens 80'
 show 'git checkout --quiet - && dvc checkout --quiet'

@@ -269,7 +269,7 @@ def test_params_edited_while_training_are_not_what_dvc_files_the_model_under(wor
     row = max(rows(workspace), key=lambda row: row.info.start_time)
     assert (row.info.status, row.data.params["train.max_steps"]) == ("FINISHED", "120")  # nothing is lost
     assert "Running stage 'train'" in dvc(workspace, "repro", "train").stdout
-    assert json.loads((workspace / "metrics" / "train.json").read_text())["steps"] == 30
+    assert json.loads((workspace / "metrics" / "train.json").read_text())["best_step"] <= 30
 
 
 def test_what_is_edited_while_a_stage_runs_is_named(

@@ -17,13 +17,13 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.races import DEFAULT, ROOT
+from benchmarks.races import DEFAULT, ROOT, outputs
 
 CHANGES = {
     "as it is": (),
     "no n-gram embeddings": ("model.ngram=1",),
     "n-grams up to 3": ("model.ngram=3",),
-    "AdamW alone, its best rate of three": ("train.optimizer=adamw", "train.learning_rate=0.005"),
+    "AdamW alone, at 0.005": ("train.optimizer=adamw", "train.learning_rate=0.005"),
     "learned positions": ("model.position=learned",),
     "GELU": ("model.activation=gelu",),
     "no normalisation of queries and keys": ("model.qk_norm=false",),
@@ -65,8 +65,7 @@ def final_loss(changes: list[str], tokens: Path) -> float:
     with tempfile.TemporaryDirectory(prefix="chargpt-ablation-") as folder:
         command = [sys.executable, "-m", "gpt", "train", "--params", str(ROOT / DEFAULT), "--tokens", str(tokens)]
         command += [word for change in changes for word in ("-S", change)]
-        for option in ("checkpoint", "metrics", "history", "validation", "run-dir", "log-file"):
-            command += [f"--{option}", str(Path(folder) / option)]
+        command += outputs(Path(folder))
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         return float(json.loads((Path(folder) / "metrics").read_text())["val_loss"])
 

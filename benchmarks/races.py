@@ -75,8 +75,7 @@ def run(name: str, recipe: str, tokens: Path, **changes: int) -> Race:
     with tempfile.TemporaryDirectory(prefix="chargpt-race-") as folder:
         command = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "gpt", "train"]
         command += ["--params", str(ROOT / recipe), "--tokens", str(tokens), *settings]
-        for option in ("checkpoint", "metrics", "history", "validation", "run-dir", "log-file"):
-            command += [f"--{option}", str(Path(folder) / option)]
+        command += outputs(Path(folder))
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
         began = time.monotonic()
@@ -88,6 +87,12 @@ def run(name: str, recipe: str, tokens: Path, **changes: int) -> Race:
     race = Race(name, whole, points[-1][0], records[-1].step, loss, points)
     print(f"{name}: {race.training_s:.1f} s of training, {whole:.1f} s in all, loss {loss:.4f}", flush=True)
     return race
+
+
+def outputs(folder: Path) -> list[str]:
+    """The options that keep all that a training writes in one folder, each file under its option's name."""
+    names = ("checkpoint", "metrics", "history", "validation", "run-dir", "log-file")
+    return [word for name in names for word in (f"--{name}", str(folder / name))]
 
 
 def timed(records: Iterable[Record], batch: int) -> Iterable[tuple[float, int, float]]:

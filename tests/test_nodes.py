@@ -81,6 +81,7 @@ def start_both(tmp_path: Path, *tokens: Path, **changes: object) -> list["subpro
     return [first, second]
 
 
+@pytest.mark.proof
 def test_two_machines_give_the_bytes_of_one_process(hosts: None, tmp_path: Path, tokens: Path) -> None:
     for node in start_both(tmp_path, tokens, train__max_steps=20, model__dropout=0.1):
         assert node.wait(60) == 0, [(tmp_path / name / "said.txt").read_text() for name in ("node0", "node1")]

@@ -1,6 +1,7 @@
 """Calibration: of the predictions that a model makes with 70 %, are 70 % right? (Guo et al. 2017, section 2)."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -8,30 +9,41 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from gpt.scoring import Batch, scored
+from gpt.device import CPU_THREADS
+from gpt.launch import usable_cores
+from gpt.scoring import Batch, evaluating, score
 
 BINS = 10  # equally wide, of the probability of the likeliest token
 
 Numbers = np.ndarray[tuple[int], np.dtype[Any]]
 
 
-@torch.inference_mode()
 def predictions(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device
+    model: nn.Module, batches: Sequence[Batch], device: torch.device, precision: torch.dtype
 ) -> tuple[list[Tensor], Numbers, Numbers]:
-    """Predict every target once.
+    """Predict every target once; on a CPU several batches side by side, each on one core and so with the same bits.
+
+    Args:
+        precision: of matrix products.
 
     Returns:
         The losses as `gpt.scoring.losses` gives them; for every prediction the probability of the token that the model
         takes for the likeliest, and whether that token came, each of shape (targets,).
     """
-    losses, probability, right = [], [], []
-    for loss_BT, logits_BTV, targets_BT in scored(model, batches, device):
-        top_BT, token_BT = logits_BTV.float().softmax(-1).max(-1)
-        losses.append(loss_BT)
-        probability.append(top_BT.flatten().cpu().double().numpy())
-        right.append((token_BT == targets_BT).flatten().cpu().numpy())
-    return losses, np.concatenate(probability), np.concatenate(right)
+
+    def predict(batch: Batch) -> tuple[Tensor, Numbers, Numbers]:
+        mixed = precision != torch.float32
+        with torch.inference_mode(), torch.autocast(device.type, precision, enabled=mixed):  # known to one thread only
+            loss_BT, logits_BTV, targets_BT = score(model, batch, device)
+            top_BT, token_BT = logits_BTV.float().softmax(-1).max(-1)
+            right_BT = token_BT == targets_BT
+        return loss_BT, top_BT.flatten().cpu().double().numpy(), right_BT.flatten().cpu().numpy()
+
+    workers = usable_cores() if device.type == "cpu" else 1
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(CPU_THREADS,))
+    with evaluating(model), pool:
+        losses, probability, right = zip(*pool.map(predict, batches), strict=True)
+    return list(losses), np.concatenate(probability), np.concatenate(right)
 
 
 def calibration_table(probability: Numbers, right: Numbers) -> pd.DataFrame:

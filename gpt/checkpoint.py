@@ -8,13 +8,14 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gpt.errors import UserError
 from gpt.files import atomic_write, canonical_json
@@ -45,7 +46,8 @@ class Checkpoint:
 
     def build(self) -> GPT:
         """The model itself, on the CPU, ready to predict."""
-        model = GPT(self.model, self.tokenizer.vocab_size)
+        with _NoFirstWeights():
+            model = GPT(self.model, self.tokenizer.vocab_size)
         model.load_state_dict(dict(self.weights))
         return model.eval()
 
@@ -61,10 +63,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         params = ModelParams.model_validate(metadata["model"])
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
         weights, about = tensors["weights"], metadata["about"]
-        with torch.device("meta"):
+        with _NoFirstWeights():
             expected = GPT(params, tokenizer.vocab_size).state_dict()
         difference = _difference(expected, weights)
-    except (KeyError, TypeError, AttributeError, ValueError, UserError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UserError) as error:
         reason = "; ".join(str(error).splitlines())
         raise UserError(f"{path}: expected a trained model, found no valid {reason}; train again") from None
     if difference:
@@ -118,6 +120,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return json.loads(loaded.pop("metadata")), loaded
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: expected metadata as JSON, found none; train again") from None
+
+
+class _NoFirstWeights(TorchFunctionMode):
+    """Modules made meanwhile do not draw their first weights, and so touch no memory, however large they claim to be.
+
+    Torch's own device for that, meta, imports its compiler, which takes a second.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

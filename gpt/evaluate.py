@@ -55,8 +55,8 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     device = choose_device(params.device, "evaluate.device")
     model = checkpoint.build().to(device)
     windows = covering_windows(data, block_size=checkpoint.model.block_size, batch_size=params.batch_size)
-    with torch.autocast(device.type, torch.bfloat16, enabled=params.precision == "bfloat16"):
-        by_batch, probability, right = predictions(model, windows, device)
+    precision = torch.bfloat16 if params.precision == "bfloat16" else torch.float32
+    by_batch, probability, right = predictions(model, windows, device, precision)
     nats = math.fsum(float(batch.sum()) for batch in by_batch)
     means, counts = mean_by_position(by_batch)
     calibration = calibration_table(probability, right)

@@ -1,6 +1,7 @@
 """How well a model predicts a text: the loss at every token of the validation split, each predicted once."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,25 +14,30 @@ from gpt.token_files import Split
 Batch = tuple[Tensor, Tensor]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout is off meanwhile."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.inference_mode()
 def losses(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> list[Tensor]:
     """The loss of every prediction in nats, of shape (sequences, positions) for each batch, on the CPU in float64."""
-    return [loss_BT for loss_BT, _, _ in scored(model, batches, device)]
+    with evaluating(model):
+        return [score(model, batch, device)[0] for batch in batches]
 
 
-def scored(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """One batch after the other: its losses as `losses` gives them; its logits and its targets on the device.
-
-    Dropout is off meanwhile; the model's mode is put back at the end.
-    """
-    was_training = model.training
-    model.eval()
-    for inputs_BT, targets in batches:
-        targets_BT = targets.to(device)
-        logits_BTV = model(inputs_BT.to(device))
-        loss = next_token_loss(logits_BTV, targets_BT, reduction="none")
-        yield loss.view(targets_BT.shape).double().cpu(), logits_BTV, targets_BT
-    model.train(was_training)
+def score(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of a batch as `losses` gives them; its logits and its targets on the device."""
+    inputs_BT, targets_BT = (part_BT.to(device) for part_BT in batch)
+    logits_BTV = model(inputs_BT)
+    loss = next_token_loss(logits_BTV, targets_BT, reduction="none")
+    return loss.view(targets_BT.shape).double().cpu(), logits_BTV, targets_BT
 
 
 def uniform_loss(vocab_size: int) -> float:

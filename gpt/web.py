@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.client import responses
+from socket import EAI_NONAME, gaierror
 from threading import Thread
 from typing import IO, NoReturn, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -161,7 +162,7 @@ def _in_words(limits: Limits) -> Iterator[None]:
     try:
         yield
     except SSLError as error:
-        raise SourceError(f"no trustworthy TLS connection ({_root(error)})") from None
+        raise SourceError(f"no trustworthy TLS connection ({_words(_root(error))})") from None
     except requests.ConnectTimeout:  # the system has already knocked several times
         raise SourceError(f"no connection in {limits.connect_s:g} s") from None
     except requests.Timeout:
@@ -171,16 +172,23 @@ def _in_words(limits: Limits) -> Iterator[None]:
     except requests.ConnectionError as error:
         if error.args and isinstance(error.args[0], ReadTimeoutError):
             raise SourceError(f"the body stopped for {limits.read_s:g} s") from None
-        raise PassingError(f"no connection ({_root(error)})") from None
+        root = _root(error)
+        unknown = isinstance(root, gaierror) and root.errno == EAI_NONAME  # no such host: asking again helps nobody
+        raise (SourceError if unknown else PassingError)(f"no connection ({_words(root)})") from None
     except (requests.RequestException, HTTPError) as error:
         raise SourceError(f"the exchange failed ({type(error).__name__})") from None
     except OSError as error:  # certificates that the environment names but that are not there
         raise SourceError(f"the exchange failed ({error})") from None
 
 
-def _root(error: BaseException) -> str:
-    """The words of the error at the bottom of a chain, which the system wrote and no address is in."""
+def _root(error: BaseException) -> BaseException:
+    """The error at the bottom of a chain."""
     while cause := error.__cause__ or error.__context__:
         error = cause
+    return error
+
+
+def _words(error: BaseException) -> str:
+    """The system's own words for an error, which hold no address."""
     words = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or ""
     return words.rstrip(".") or type(error).__name__

@@ -311,6 +311,10 @@ def test_an_address_that_gives_nothing(server: Server, out: Path, path: str, rea
     assert server.asked[path] == times
 
 
+def test_a_host_that_nobody_knows_is_not_asked_again(out: Path) -> None:
+    assert "nobody.invalid/: no connection (Name or service not known)" in refusal("http://nobody.invalid/", out=out)
+
+
 @pytest.mark.parametrize("path", ["/wrong", "/endless", "/truncated"])
 def test_the_next_source_replaces_what_came_from_the_one_before(server: Server, out: Path, path: str) -> None:
     get(f"{server.address}{path}", f"{server.address}/text", out=out)

@@ -103,7 +103,7 @@ def test_predictions_are_those_of_the_losses(data: TokenData) -> None:
     model = GPT(model_params(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0.5), data.meta.vocab_size)
     torch.nn.init.normal_(model.token_embedding.weight, std=0.5)
     windows = covering_windows(data, block_size=16, batch_size=50)
-    by_batch, probability, right = predictions(model, windows, CPU)
+    by_batch, probability, right = predictions(model, windows, CPU, torch.float32)
     for one, other in zip(by_batch, losses(model, windows, CPU), strict=True):
         assert torch.equal(one, other)
     assert model.training

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.device import choose_device
 from gpt.distributed import Group, ShardedModel, joined
-from gpt.model import GPT, ModelParams, next_token_loss
+from gpt.model import GPT, next_token_loss
+from gpt.model_params import ModelParams
 from gpt.params import read_section
 
 VOCABULARY = 65

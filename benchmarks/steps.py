@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.races import DEFAULT, QUICK, REFERENCE, ROOT
 from gpt.device import choose_device
 from gpt.distributed import Group, joined
-from gpt.model import GPT, ModelParams
+from gpt.ladder import make_model
+from gpt.model_params import ModelParams
 from gpt.params import read_section
 from gpt.token_files import TokenData, load_tokens
 from gpt.training import Trainer, TrainParams
@@ -75,7 +76,7 @@ def trainer(recipe: str, data: TokenData, group: Group) -> Trainer:
     """A training run as the command starts it."""
     params = read_section(ROOT / recipe, "train", TrainParams, [])
     model = read_section(ROOT / recipe, "model", ModelParams, [])
-    return Trainer(params, GPT(model, data.meta.vocab_size), data, group)
+    return Trainer(params, make_model(model, data.meta.vocab_size), data, group)
 
 
 def seconds(step: Callable[[], object], steps: int) -> float:

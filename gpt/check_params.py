@@ -10,7 +10,7 @@ from gpt.errors import UserError
 from gpt.evaluate import EvaluateParams
 from gpt.generate import GenerateParams
 from gpt.launch import LaunchParams
-from gpt.model import ModelParams
+from gpt.model_params import ModelParams
 from gpt.params import Section, check_section, read_params, suggestion
 from gpt.tokenize import TokenizeParams
 from gpt.training import TrainParams

@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from gpt.errors import UserError
 from gpt.files import atomic_write, canonical_json
-from gpt.model import GPT, ModelParams
+from gpt.ladder import make_model
+from gpt.model import LanguageModel
+from gpt.model_params import ModelParams
 from gpt.tokenizer import CharTokenizer, tokenizer_from_json
 
 FORMAT = 1
@@ -44,10 +46,10 @@ class Checkpoint:
         metadata = {"model": self.model.model_dump(), "tokenizer": self.tokenizer.to_json(), "about": dict(self.about)}
         write_tensors(path, metadata, {"weights": dict(self.weights)})
 
-    def build(self) -> GPT:
+    def build(self) -> LanguageModel:
         """The model itself, on the CPU, ready to predict."""
         with _NoFirstWeights():
-            model = GPT(self.model, self.tokenizer.vocab_size)
+            model = make_model(self.model, self.tokenizer.vocab_size)
         model.load_state_dict(dict(self.weights))
         return model.eval()
 
@@ -64,7 +66,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
         weights, about = tensors["weights"], metadata["about"]
         with _NoFirstWeights():
-            expected = GPT(params, tokenizer.vocab_size).state_dict()
+            expected = make_model(params, tokenizer.vocab_size).state_dict()
         difference = _difference(expected, weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UserError) as error:
         reason = "; ".join(str(error).splitlines())

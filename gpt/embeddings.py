@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 MULTIPLIER = 2_654_435_761  # near 2³² over the golden ratio, which scatters consecutive numbers (Knuth 1973, 6.4)
 
+LIMIT = 1 << 62  # of a factor; with a large vocabulary only the last digits of an n-gram's number are kept
+
 
 class NgramEmbeddings(nn.Module):
     """Vectors for the last 2, 3, … tokens, beside that of the token alone (Roy et al. 2022, N-Grammer).
@@ -26,7 +28,7 @@ class NgramEmbeddings(nn.Module):
         for n, table in enumerate(self.tables, start=2):
             assert isinstance(table, nn.Embedding)
             earlier_BT = F.pad(tokens_BT, (n - 1, 0))[:, : tokens_BT.shape[1]]
-            ngrams_BT = ngrams_BT + self.vocab_size ** (n - 1) * earlier_BT
+            ngrams_BT = ngrams_BT + pow(self.vocab_size, n - 1, LIMIT) * earlier_BT
             rows = table.num_embeddings
             vectors.append(table(ngrams_BT if rows == self.vocab_size**n else scattered(ngrams_BT, rows)))
         mixed_BTC: Tensor = self.mix(torch.cat(vectors, dim=-1))

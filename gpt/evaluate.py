@@ -19,7 +19,7 @@ from gpt.device import choose_device
 from gpt.errors import UserError
 from gpt.files import atomic_write, prepare_output, sha256_file, write_figures
 from gpt.memorisation import WINDOW, Copies, find_copies
-from gpt.model import GPT
+from gpt.model import LanguageModel
 from gpt.params import Section, read_section
 from gpt.sampling import SamplingParams, sample
 from gpt.scoring import bigram_loss, mean_by_position, uniform_loss, unigram_loss
@@ -112,11 +112,11 @@ def command(
             say(line)
 
 
-def _write(model: GPT, tokenizer: CharTokenizer, *, characters: int, seed: int) -> list[str]:
+def _write(model: LanguageModel, tokenizer: CharTokenizer, *, characters: int, seed: int) -> list[str]:
     """Texts by the model, each as if after a line end, that have so many characters together, or a few more."""
     length = -(-characters // TEXTS)
     settings = SamplingParams(max_new_tokens=length, temperature=1.0)  # the model's own probabilities
-    rows = sample(model, [tokenizer.start], settings, range(seed, seed + TEXTS))
+    rows = sample(model, [[tokenizer.start]] * TEXTS, settings, range(seed, seed + TEXTS))
     return [tokenizer.decode(tokens_T) for tokens_T in zip(*rows, strict=True)]
 
 

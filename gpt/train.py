@@ -23,7 +23,9 @@ from gpt.errors import UserError
 from gpt.files import prepare_output, sha256_file, write_figures
 from gpt.fingerprint import digests
 from gpt.history import History, Record
-from gpt.model import GPT, ModelParams, count_parameters
+from gpt.ladder import make_model
+from gpt.model import count_parameters
+from gpt.model_params import ModelParams
 from gpt.overfitting import find_overfitting
 from gpt.params import read_section
 from gpt.run_folder import RunFolder
@@ -74,7 +76,7 @@ def train(
     ):
         _check_ranks(group, params.shards, made_of)
         torch.manual_seed(seed_of(params.seed))
-        trainer = Trainer(params, GPT(model, data.meta.vocab_size), data, group)
+        trainer = Trainer(params, make_model(model, data.meta.vocab_size), data, group)
         _continue_or_begin(trainer, folder, made_of)
         if group.first and params.precision == "bfloat16" and slow_in_bfloat16(device):
             say("this CPU has no instructions for bfloat16: float32 will be faster (-S train.precision=float32)")

@@ -16,7 +16,7 @@ from gpt.dataset import covering_windows, random_windows, shuffled_windows
 from gpt.distributed import Group, ShardedModel
 from gpt.errors import StoppedError, UserError
 from gpt.history import Record
-from gpt.model import GPT, next_token_loss
+from gpt.model import LanguageModel, next_token_loss
 from gpt.optimizer import OptimizerParams, learning_rate_at, make_optimizers
 from gpt.run_folder import RunFolder
 from gpt.scoring import Batch, losses
@@ -65,7 +65,7 @@ class Progress:
 class Trainer:
     """One training run on this rank: the model, its optimizer, and how far they are."""
 
-    def __init__(self, params: TrainParams, model: GPT, data: TokenData, group: Group) -> None:
+    def __init__(self, params: TrainParams, model: LanguageModel, data: TokenData, group: Group) -> None:
         self.params = params
         self.model = model.to(group.device)
         self.data = data

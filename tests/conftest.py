@@ -13,7 +13,7 @@ import torch
 from ruamel.yaml import YAML
 
 from gpt.device import CPU_THREADS
-from gpt.model import ModelParams
+from gpt.model_params import ModelParams
 from gpt.token_files import TokenData, load_tokens
 from gpt.tokenize import TokenizeParams, tokenize
 from gpt.training import TrainParams

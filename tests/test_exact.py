@@ -20,7 +20,8 @@ from gpt.checkpoint import read_tensors
 from gpt.distributed import Group, joined
 from gpt.errors import StoppedError, UserError
 from gpt.history import read_records
-from gpt.model import GPT, ModelParams
+from gpt.ladder import make_model
+from gpt.model_params import ModelParams
 from gpt.params import check_section
 from gpt.run_folder import RunFolder
 from gpt.token_files import TokenData
@@ -40,7 +41,7 @@ TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 def trainer(data: TokenData, group: Group, **changes: object) -> Trainer:
     params = small_params(train__max_steps=12, train__eval_interval=4, train__save_interval=3, **changes)
     torch.manual_seed(0)
-    model = GPT(check_section(Path("test"), "model", ModelParams, params), data.meta.vocab_size)
+    model = make_model(check_section(Path("test"), "model", ModelParams, params), data.meta.vocab_size)
     return Trainer(check_section(Path("test"), "train", TrainParams, params), model, data, group)
 
 

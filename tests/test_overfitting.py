@@ -13,7 +13,7 @@ from gpt.command import logging_to
 from gpt.errors import StoppedError
 from gpt.evaluate import EvaluateParams, evaluate
 from gpt.history import Record
-from gpt.model import ModelParams
+from gpt.model_params import ModelParams
 from gpt.overfitting import Evaluation, Overfitting, find_overfitting
 from gpt.params import check_section
 from gpt.run_folder import RunFolder

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt.errors import UserError
 from gpt.files import canonical_json, sha256_file
 from gpt.params import read_params
 
@@ -20,12 +21,25 @@ def run_key(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> str
 def digests(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> dict[str, object]:
     """All that decides the bytes of a trained model, as plain values that can be compared field by field."""
     params = read_params(params_file, changes)
+    train = params.get("train") or {}
     return {
         "model": params.get("model"),
-        "train": params.get("train"),
+        "train": train,
+        "init_from": _digest_of_start(train.get("init_from")),
         "tokens": {name: sha256_file(tokens / name) for name in TOKEN_FILES if (tokens / name).exists()},
         "code": {f"gpt/{path.name}": sha256_file(path) for path in imported_files("gpt.train")},
     }
+
+
+def _digest_of_start(init_from: object) -> str | None:
+    """The digest of the model that a training continues from: another one under the same name is another start."""
+    if not isinstance(init_from, str):
+        return None
+    if not Path(init_from).is_file():
+        raise UserError(
+            f"train.init_from: expected a trained model, found no file {init_from}; correct the path, or set it to null"
+        )
+    return sha256_file(Path(init_from))
 
 
 def imported_files(module: str) -> list[Path]:

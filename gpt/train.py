@@ -21,6 +21,7 @@ from gpt.device import choose_device, slow_in_bfloat16
 from gpt.distributed import Group, joined, rank_of_environment
 from gpt.errors import UserError
 from gpt.files import prepare_output, sha256_file, write_figures
+from gpt.fine_tuning import trained_before
 from gpt.fingerprint import digests
 from gpt.history import History, Record
 from gpt.ladder import make_model
@@ -76,7 +77,10 @@ def train(
     ):
         _check_ranks(group, params.shards, made_of)
         torch.manual_seed(seed_of(params.seed))
-        trainer = Trainer(params, make_model(model, data.meta.vocab_size), data, group)
+        first = make_model(model, data.meta.vocab_size)
+        if params.init_from:
+            first.load_state_dict(dict(trained_before(Path(params.init_from), model, data.tokenizer).weights))
+        trainer = Trainer(params, first, data, group)
         _continue_or_begin(trainer, folder, made_of)
         if group.first and params.precision == "bfloat16" and slow_in_bfloat16(device):
             say("this CPU has no instructions for bfloat16: float32 will be faster (-S train.precision=float32)")

@@ -3,8 +3,8 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from gpt.averaging import WeightAverage
 from gpt.dataset import covering_windows, random_windows, shuffled_windows
 from gpt.distributed import Group, ShardedModel
 from gpt.errors import StoppedError, UserError
@@ -31,6 +32,8 @@ class TrainParams(OptimizerParams):
 
     batch_size: int = Field(ge=1)
     windows: Literal["shuffled", "random"]
+    init_from: str | None = Field(min_length=1)
+    weight_average: float = Field(ge=0, lt=1)
     grad_clip: float = Field(gt=0)
     precision: Literal["float32", "bfloat16"]
     compile: bool
@@ -71,7 +74,8 @@ class Trainer:
         self.data = data
         self.group = group
         self.progress = Progress()
-        self.best = _copy(self.model)
+        self.average = WeightAverage(self.model, params.weight_average) if params.weight_average else None
+        self.best = _copy(self.model.state_dict())
         if params.compile:
             self.model.compile()  # in place: the names of the weights stay
         self._sharded = ShardedModel(self.model, group, params.shards)
@@ -141,13 +145,18 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * (rate / params.learning_rate)
             optimizer.step()
+        if self.average:
+            self.average.update(step)
         self.progress.losses_since_record.append(loss)
         return rate, norm, any(stops)
 
     def evaluate(self) -> float:
-        """The loss on the whole validation split, its batches shared out among the ranks; keeps the best weights."""
+        """The loss of the average, if there is one, on the whole validation split; keeps the best weights.
+
+        The ranks share out the batches.
+        """
         mine = self._val_batches[self.group.rank :: self.group.size]
-        with self._precision():
+        with self.average.in_use() if self.average else nullcontext(), self._precision():
             sums = [float(batch.sum()) for batch in losses(self.model, mine, self.group.device)]
         rounds = -(-len(self._val_batches) // self.group.size)
         everyone = self.group.gather(sums + [0.0] * (rounds - len(sums)))
@@ -155,7 +164,7 @@ class Trainer:
         loss = sum(in_order) / len(self.data.val)
         if self.progress.best_loss is None or loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = self.progress.step, loss
-            self.best = _copy(self.model)
+            self.best = _copy(self.average.weights if self.average else self.model.state_dict())
         return loss
 
     def state(self, digests: dict[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -164,6 +173,7 @@ class Trainer:
             "weights": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "best": self.best,
+            "average": self.average.weights if self.average else {},
         }
 
     def restore(self, metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -173,6 +183,8 @@ class Trainer:
         for optimizer, state in zip(self.optimizers, tensors["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.best = tensors["best"]
+        if self.average:
+            self.average.restore(tensors["average"])
 
     def _check_sanity(self, loss: float, norm: float) -> None:
         limit = EXPLODED * math.log(self.data.meta.vocab_size)
@@ -209,5 +221,5 @@ def seed_of(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-def _copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
+def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().cpu().clone() for name, weight in weights.items()}

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from gpt.averaging import WeightAverage
 from gpt.checkpoint import read_tensors
 from gpt.distributed import Group, joined
 from gpt.errors import StoppedError, UserError
@@ -96,6 +97,7 @@ SABOTAGE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a shard's seed": lambda patch: patch.setattr(torch, "manual_seed", forget_seed),
     "a moment of AdamW": lambda patch: patch.setattr(Trainer, "state", forgetful("exp_avg")),
     "the momentum of Muon": lambda patch: patch.setattr(Trainer, "state", forgetful("momentum")),
+    "the average of the weights": lambda patch: patch.setattr(WeightAverage, "restore", lambda self, weights: None),
     "the clearing of a gradient": lambda patch: patch.setattr(
         "torch.nn.parallel.DistributedDataParallel.zero_grad", lambda self, set_to_none: None
     ),

@@ -32,6 +32,11 @@ CHANGES = {
     "float32": ("train.precision=float32",),
     "half a cosine": ("train.schedule=cosine",),
     "dropout 0.1": ("model.dropout=0.1",),
+    "no average of the weights": ("train.weight_average=0.0",),
+    "no positions": ("model.position=none",),
+    "ALiBi": ("model.position=alibi",),
+    "SwiGLU": ("model.activation=swiglu",),
+    "RMSNorm": ("model.norm=rms",),
 }
 
 

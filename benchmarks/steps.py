@@ -43,12 +43,15 @@ def main(
     tokens: Annotated[Path, typer.Option(help="Folder that the command tokenize wrote.")] = ROOT / "data" / "tokens",
     turns: int = 10,
     steps: Annotated[int, typer.Option(help="Steps a turn.")] = 5,
+    compiled: Annotated[bool, typer.Option(help="The default also with train.compile; needs a C++ compiler.")] = False,
 ) -> None:
     """Measure and print one line a recipe, then where the time of the default's step goes."""
     device = choose_device("cpu", "device")
     data = load_tokens(tokens)
     with joined(device, timeout_s=120) as group:
         trainers = {recipe: trainer(recipe, data, group) for recipe in (REFERENCE, QUICK, DEFAULT)}
+        if compiled:
+            trainers[f"{DEFAULT}, compiled"] = trainer(DEFAULT, data, group, "train.compile=true")
         times: dict[str, list[float]] = {recipe: [] for recipe in trainers}
         peaks: dict[str, list[float]] = {"float32": [], "bfloat16": []}
         for _ in range(WARM_UP + turns):
@@ -72,10 +75,10 @@ def main(
             print(f"{DEFAULT}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 
-def trainer(recipe: str, data: TokenData, group: Group) -> Trainer:
+def trainer(recipe: str, data: TokenData, group: Group, *changes: str) -> Trainer:
     """A training run as the command starts it."""
-    params = read_section(ROOT / recipe, "train", TrainParams, [])
-    model = read_section(ROOT / recipe, "model", ModelParams, [])
+    params = read_section(ROOT / recipe, "train", TrainParams, changes)
+    model = read_section(ROOT / recipe, "model", ModelParams, changes)
     return Trainer(params, make_model(model, data.meta.vocab_size), data, group)
 
 

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from gpt.errors import UserError
 from gpt.files import atomic_write, canonical_json
 from gpt.model import GPT, ModelParams
-from gpt.tokenizer import CharTokenizer, tokenizer_from_json
+from gpt.tokenizer import tokenizer_from_json
+from gpt.vocabulary import Tokenizer
 
 FORMAT = 1
 TRAILER = b"\nchargpt sha256 "
@@ -35,7 +36,7 @@ class Checkpoint:
     """
 
     model: ModelParams
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     weights: Mapping[str, Tensor]
     about: Mapping[str, Any]
 

@@ -52,6 +52,11 @@ def train_params(**changes: Any) -> TrainParams:
     return TrainParams.model_validate({**small_params()["train"], **changes})
 
 
+def tokenize_params(**changes: Any) -> TokenizeParams:
+    """The section `tokenize` of the smoke preset, with changes."""
+    return TokenizeParams.model_validate({**small_params()["tokenize"], **changes})
+
+
 def write_params(path: Path, **changes: Any) -> Path:
     """Write a params file of the smoke preset with changes."""
     with path.open("w", encoding="utf-8") as file:
@@ -71,7 +76,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The token folder of the made-up text."""
     folder = tmp_path_factory.mktemp("tokens")
-    tokenize(params=TokenizeParams(kind="char", train_fraction=0.9), corpus=corpus, out=folder)
+    tokenize(params=tokenize_params(), corpus=corpus, out=folder)
     return folder
 
 

@@ -77,7 +77,7 @@ def test_an_own_text_goes_all_the_way(
     assert (tmp_path / "data" / "shakespeare.txt").read_bytes() == text.read_bytes()
     content = TEXTS[text.name]
     tokenizer = tokenizer_from_json(json.loads((tmp_path / "data" / "tokens" / "tokenizer.json").read_text()))
-    assert tokenizer.vocabulary == "".join(sorted(set(content)))
+    assert tokenizer.alphabet == "".join(sorted(set(content)))
     figures = json.loads((tmp_path / "metrics" / "evaluate.json").read_text())
     assert figures["bits_per_char"] < math.log2(tokenizer.vocab_size) - 0.4, "better than guessing"
     written = (tmp_path / "generation_out.txt").read_text(encoding="utf-8").rpartition("=" * 80 + "\n")[2]

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from gpt.errors import UserError
 from gpt.token_files import load_tokens
-from gpt.tokenize import TokenizeParams, tokenize
+from gpt.tokenize import tokenize
 from gpt.tokenizer import CharTokenizer, tokenizer_from_json
-from tests.conftest import RunGpt, made_up_text, only_line, write_params
+from tests.conftest import RunGpt, made_up_text, only_line, tokenize_params, write_params
 
-PARAMS = TokenizeParams(kind="char", train_fraction=0.9)
+PARAMS = tokenize_params()
 
 
 @given(st.text(min_size=1), st.data())

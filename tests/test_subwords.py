@@ -139,6 +139,12 @@ def test_writing_starts_after_a_line_end(tokenizer: Tokenizer) -> None:
 # -- tokenizer.json
 
 
+def test_the_libraries_are_imported_only_where_they_are_used() -> None:
+    code = "import sys, gpt.tokenize; print(*sorted({'tokenizers', 'tiktoken'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), text=True, capture_output=True, check=True)
+    assert done.stdout == "\n"
+
+
 @every_kind
 def test_a_tokenizer_comes_back_and_decodes_without_its_library(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
@@ -210,9 +216,12 @@ def params(folder: Path, **changes: Any) -> TokenizeParams:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pieces_of_a_long_text_have_the_tokens_of_the_whole(tmp_path: Path, kind: str) -> None:
-    text = "\n\n".join(made_up_text(400, seed) for seed in range(150)).replace("dog\n", "dog  \n \nnaïve\n")
+    ends = {"\n": "\n\n", "dog\n\n": "dog\n", "fox\n\n": "fox\n\n\n", "jumps ": "jumps  \n naïve "}
+    text = made_up_text(60_000)
+    for end, other in ends.items():  # so that two line ends may be one token, and most are none
+        text = text.replace(end, other)
     assert len(text) > 1.1 * PIECE_BYTES
-    data = load_tokens(made(tmp_path, text, kind=kind))
+    data = load_tokens(made(tmp_path, text, kind=kind, vocab_size=600))
     middle = int(len(text) * 0.9)
     assert (data.meta.train_characters, data.meta.val_characters) == (middle, len(text) - middle)
     for split, part in ((data.train, text[:middle]), (data.val, text[middle:])):
@@ -327,9 +336,10 @@ def test_the_pinned_ranks_are_those_of_gpt2(tmp_path: Path) -> None:
 # -- what the other commands make of it
 
 
-def test_figures_about_copies_count_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = made_up_text(2000)
-    data = load_tokens(made(tmp_path, text, kind="bpe"))
+@pytest.mark.parametrize("size", [256, 300])  # tokens are shorter than characters, and longer
+def test_figures_about_copies_count_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    text = made_up_text(2000).replace("o", "🙂")
+    data = load_tokens(made(tmp_path, text, kind="bpe", vocab_size=size))
     searched = []
 
     def find_copies(texts: list[str], corpus: str) -> Copies:
@@ -340,9 +350,9 @@ def test_figures_about_copies_count_characters(tmp_path: Path, monkeypatch: pyte
     settings = gpt.evaluate.EvaluateParams(
         batch_size=64, precision="float32", sample_characters=800, seed=1, device="cpu"
     )
-    size = model_params(n_layer=1, n_head=1, n_embd=8, block_size=16, ngram=1)
+    model = model_params(n_layer=1, n_head=1, n_embd=8, block_size=16, ngram=1)
     torch.manual_seed(0)
-    checkpoint = Checkpoint(size, data.tokenizer, GPT(size, data.meta.vocab_size).state_dict(), {})
+    checkpoint = Checkpoint(model, data.tokenizer, GPT(model, data.meta.vocab_size).state_dict(), {})
     gpt.evaluate.evaluate(params=settings, checkpoint=checkpoint, data=data)
     (written, corpus), (real, _) = searched
     middle = int(len(text) * 0.9)

@@ -27,9 +27,7 @@ def _sources(value: object) -> object:
 
 def _digest(value: str) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
-        raise ValueError(
-            f"expected 64 hexadecimal digits or null, found {value!r}; sha256sum FILE prints the digest of a file"
-        )
+        raise ValueError(f"expected 64 hexadecimal digits, found {value!r}; sha256sum FILE prints the digest of a file")
     return value.lower()
 
 

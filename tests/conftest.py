@@ -59,8 +59,10 @@ def tokenize_params(**changes: Any) -> TokenizeParams:
 
 def write_params(path: Path, **changes: Any) -> Path:
     """Write a params file of the smoke preset with changes."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False  # dvc's parser in C takes no `[pypi:…]`
     with path.open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(small_params(**changes), file)
+        yaml.dump(small_params(**changes), file)
     return path
 
 

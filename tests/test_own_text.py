@@ -30,9 +30,10 @@ def babble(words: list[str], ends: str) -> str:
     return "".join(chance.choice(words) + chance.choice(ends) for _ in range(2000)).strip()
 
 
+SOURCE = (ROOT / "gpt" / "training.py").read_text(encoding="utf-8")
 TEXTS = {
     "a novel.txt": babble(ACCENTS, "   \n"),
-    "source code.py": (ROOT / "gpt" / "training.py").read_text(encoding="utf-8"),
+    "source code.py": "".join(sorted(set(SOURCE))) + SOURCE,  # so that training sees every character
     "one long line.txt": babble(ENGLISH, " "),
 }
 FOLDER = "mes textes, à moi 🙂"

@@ -22,7 +22,8 @@ from gpt.files import atomic_write, canonical_json
 from gpt.ladder import make_model
 from gpt.model import LanguageModel
 from gpt.model_params import ModelParams
-from gpt.tokenizer import CharTokenizer, tokenizer_from_json
+from gpt.tokenizer import tokenizer_from_json
+from gpt.vocabulary import Tokenizer
 
 FORMAT = 1
 TRAILER = b"\nchargpt sha256 "
@@ -37,7 +38,7 @@ class Checkpoint:
     """
 
     model: ModelParams
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     weights: Mapping[str, Tensor]
     about: Mapping[str, Any]
 

@@ -1,7 +1,9 @@
 """Measure a checkpoint: its predictions on the whole validation split, and what it writes word for word by heart."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,9 +26,10 @@ from gpt.params import Section, read_section
 from gpt.sampling import SamplingParams, sample
 from gpt.scoring import bigram_loss, mean_by_position, uniform_loss, unigram_loss
 from gpt.token_files import TokenData, load_tokens
-from gpt.tokenizer import CharTokenizer
+from gpt.vocabulary import Tokenizer
 
 TEXTS = 8  # that the model writes side by side, to be searched for copies
+LONGEST_CHARACTER = 4  # in UTF-8 bytes, and so in tokens
 SHOWN = 60  # characters of the longest copy that a person gets to read
 
 
@@ -112,27 +115,40 @@ def command(
             say(line)
 
 
-def _write(model: LanguageModel, tokenizer: CharTokenizer, *, characters: int, seed: int) -> list[str]:
+def _write(model: LanguageModel, tokenizer: Tokenizer, *, characters: int, seed: int) -> list[str]:
     """Texts by the model, each as if after a line end, that have so many characters together, or a few more."""
     length = -(-characters // TEXTS)
-    settings = SamplingParams(max_new_tokens=length, temperature=1.0)  # the model's own probabilities
-    rows = sample(model, [[tokenizer.start]] * TEXTS, settings, range(seed, seed + TEXTS))
-    return [tokenizer.decode(tokens_T) for tokens_T in zip(*rows, strict=True)]
+    settings = SamplingParams(max_new_tokens=LONGEST_CHARACTER * length, temperature=1.0)  # its own probabilities
+    rows = tee(
+        sample(model, [[tokenizer.start]] * TEXTS, settings, range(seed, seed + TEXTS)), TEXTS
+    )  # drawn as far as needed
+    return [_beginning(tokenizer.stream(row[place] for row in copy), length) for place, copy in enumerate(rows)]
+
+
+def _beginning(pieces: Iterable[str], length: int) -> str:
+    """The first characters of a text that comes in pieces, without asking for more pieces than that takes."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        if len(text) >= length:
+            break
+    return text[:length]
 
 
 def _real_texts(data: TokenData, *, count: int, length: int) -> list[str]:
     """The first texts of so many characters in the validation split, fewer where it is short."""
-    beginning = data.tokenizer.decode(data.val[: count * length].tolist())
+    characters = count * length
+    beginning = data.tokenizer.decode(data.val[: LONGEST_CHARACTER * characters].tolist())[:characters]
     return [beginning[start : start + length] for start in range(0, len(beginning), length)]
 
 
 def _losses(nats: float, data: TokenData) -> str:
     """The loss as a line, beside the losses of whoever only counts."""
     loss, bits, size = nats / len(data.val), nats / math.log(2) / data.meta.val_characters, data.meta.vocab_size
+    bigram, unigram = (counting(data.train, data.val, size) for counting in (bigram_loss, unigram_loss))
     return (
-        f"loss {loss:.4f} nats, {bits:.3f} bits a character, perplexity {math.exp(loss):.2f}; counting alone: bigram "
-        f"{bigram_loss(data.train, data.val, size):.3f}, unigram {unigram_loss(data.train, data.val, size):.3f}, "
-        f"uniform {uniform_loss(size):.3f}"
+        f"loss {loss:.4f} nats a token, {bits:.3f} bits a character, perplexity {math.exp(loss):.2f}; counting alone: "
+        f"bigram {bigram:.3f}, unigram {unigram:.3f}, uniform {uniform_loss(size):.3f}"
     )
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from gpt.checkpoint import Checkpoint, load_checkpoint
 from gpt.errors import UserError
 from gpt.model_params import ModelParams
-from gpt.tokenizer import CharTokenizer
+from gpt.vocabulary import Tokenizer
 
 NO_MATTER = {"dropout"}  # keys of the model that change no weight's shape or meaning
 
 
-def trained_before(path: Path, params: ModelParams, tokenizer: CharTokenizer) -> Checkpoint:
+def trained_before(path: Path, params: ModelParams, tokenizer: Tokenizer) -> Checkpoint:
     """Read the model to continue from, which must be one that these params and this tokenizer describe.
 
     Raises:

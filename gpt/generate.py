@@ -49,8 +49,8 @@ def texts(
         rows = sample(model, [encoded[number] for number, _ in chosen], params, seeds, cached=cached)
         kept: list[list[int]] = []
         for column, (number, turn) in enumerate(chosen):
-            pieces = (tokenizer.decode([row[column]]) for row in _again(kept, rows))
-            yield params.prompts[number], turn + 1, until(pieces, params.stop)
+            tokens = (row[column] for row in _again(kept, rows))
+            yield params.prompts[number], turn + 1, until(tokenizer.stream(tokens), params.stop)
 
 
 def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:

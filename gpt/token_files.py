@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from gpt.errors import UserError
 from gpt.files import read_json
 from gpt.params import Section
-from gpt.tokenizer import CharTokenizer, tokenizer_from_json
+from gpt.tokenizer import tokenizer_from_json
+from gpt.vocabulary import Kind, Tokenizer
 
 Split = np.ndarray[tuple[int], np.dtype[Any]]
 
@@ -18,7 +19,7 @@ Split = np.ndarray[tuple[int], np.dtype[Any]]
 class Meta(Section):
     """What `meta.json` says of the token files beside it."""
 
-    kind: Literal["char"]
+    kind: Kind
     vocab_size: int
     dtype: Literal["<u2", "<u4"]
     train_tokens: int
@@ -34,7 +35,7 @@ class TokenData:
 
     train: Split
     val: Split
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     meta: Meta
 
 

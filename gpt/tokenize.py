@@ -1,58 +1,87 @@
 """Cut a text into tokens: training and validation split, the tokenizer, and a summary of them."""
 
 import codecs
-import hashlib
+import io
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from pydantic import Field
 
 from gpt.command import LOG_FILE, Changes, LogFile, ParamsFile, logging_to, say
 from gpt.errors import UserError
-from gpt.files import atomic_write, prepare_output, write_json
+from gpt.files import atomic_write, prepare_output, read_json, sha256_file, write_json
 from gpt.params import Section, read_section
+from gpt.pinned import Digest, Sources, fetch_first
+from gpt.sources import LIMITS
+from gpt.subwords import BpeTokenizer, TiktokenTokenizer, WordPieceTokenizer
 from gpt.token_files import Meta, token_dtype
-from gpt.tokenizer import CharTokenizer
+from gpt.tokenizer import CharTokenizer, WordTokenizer, tokenizer_from_json
+from gpt.transfer import Limits
+from gpt.vocabulary import Kind, Tokenizer, listed
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 18
+LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)  # up to the last lone one, where every kind of tokenizer cuts anyway
 
 
 class TokenizeParams(Section):
     """The section `tokenize`."""
 
-    kind: Literal["char"]
+    init_from: str | None = Field(min_length=1)
+    kind: Kind
     train_fraction: float = Field(gt=0, lt=1)
+    vocab_size: int = Field(ge=2)
+    ranks: Sources
+    ranks_sha256: Digest
 
 
-def tokenize(*, params: TokenizeParams, corpus: Path, out: Path) -> Meta:
+@dataclass(frozen=True)
+class Splits:
+    """A text in a file, of so many characters; the first ones are for training."""
+
+    corpus: Path
+    characters: int
+    train_characters: int
+
+    def train(self) -> Iterator[str]:
+        """The training text in pieces that can be cut into tokens one by one."""
+        return _at_line_ends(_between(_pieces(self.corpus), 0, self.train_characters))
+
+    def val(self) -> Iterator[str]:
+        """The validation text, likewise."""
+        return _at_line_ends(_between(_pieces(self.corpus), self.train_characters, self.characters))
+
+
+def tokenize(*, params: TokenizeParams, corpus: Path, out: Path, limits: Limits = LIMITS) -> Meta:
     """Write `train.bin`, `val.bin`, `tokenizer.json` and `meta.json` into the folder `out`.
 
-    The text passes through memory in pieces, twice: once for the vocabulary, once for the tokens.
+    The tokenizer learns from the training split alone. The text passes through memory in pieces, once for each thing
+    that is learned or written.
+
+    Args:
+        limits: what fetching the ranks may cost, where the kind needs any.
 
     Raises:
-        UserError: the corpus is missing, empty, not UTF-8, or made of one symbol only.
+        UserError: the corpus is missing, empty, not UTF-8, made of one symbol only, or its validation split holds
+            characters that the tokenizer cannot know; the vocabulary is too small; no source gives the ranks.
     """
     prepare_output(out / "meta.json")
-    tokenizer, characters, corpus_sha256 = _survey(corpus)
-    train_characters = int(characters * params.train_fraction)
-    if not 0 < train_characters < characters:
-        raise UserError(
-            f"tokenize.train_fraction: expected a part of {characters:,} characters on both sides, found "
-            f"{params.train_fraction}, which leaves one side empty; choose a longer text"
-        )
+    splits = _split(corpus, params.train_fraction)
+    tokenizer = _learn(params, splits, limits)
+    dtype = token_dtype(tokenizer.vocab_size)
     meta = Meta(
-        kind=params.kind,
+        kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size,
-        dtype=token_dtype(tokenizer.vocab_size),
-        train_tokens=train_characters,
-        val_tokens=characters - train_characters,
-        train_characters=train_characters,
-        val_characters=characters - train_characters,
-        corpus_sha256=corpus_sha256,
+        dtype=dtype,
+        train_tokens=_write(tokenizer, splits.train(), out / "train.bin", dtype),
+        val_tokens=_write(tokenizer, splits.val(), out / "val.bin", dtype),
+        train_characters=splits.train_characters,
+        val_characters=splits.characters - splits.train_characters,
+        corpus_sha256=sha256_file(corpus),
     )
-    _write_splits(tokenizer, _pieces(corpus, hashlib.sha256()), out, meta)
     write_json(out / "tokenizer.json", tokenizer.to_json())
     write_json(out / "meta.json", meta.model_dump())
     return meta
@@ -68,36 +97,78 @@ def command(
     """Read the section, cut the text, say what came out."""
     with logging_to(log_file, "tokenize"):
         meta = tokenize(params=read_section(params, "tokenize", TokenizeParams, changes), corpus=corpus, out=out)
+        length = (meta.train_characters + meta.val_characters) / (meta.train_tokens + meta.val_tokens)
         say(
-            f"{meta.vocab_size} symbols; {meta.train_tokens:,} tokens to train on, "
-            f"{meta.val_tokens:,} to validate on -> {out}"
+            f"{meta.vocab_size:,} symbols; {meta.train_tokens:,} tokens to train on, "
+            f"{meta.val_tokens:,} to validate on, {length:.2f} characters a token -> {out}"
         )
 
 
-def _survey(corpus: Path) -> tuple[CharTokenizer, int, str]:
-    """Go through the text once: the tokenizer of its vocabulary, its length in characters, its SHA-256."""
-    digest = hashlib.sha256()
-    characters = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal characters
-        for piece in _pieces(corpus, digest):
-            characters += len(piece)
-            yield piece
-
-    tokenizer = CharTokenizer.of_text(counted())
+def _split(corpus: Path, fraction: float) -> Splits:
+    """Count the characters and cut the text in two."""
+    characters = sum(len(piece) for piece in _pieces(corpus))
     if characters == 0:
         raise UserError(f"{corpus}: expected a text to learn from, found an empty file; put the text there")
-    if tokenizer.vocab_size == 1:
+    train_characters = int(characters * fraction)
+    if not 0 < train_characters < characters:
         raise UserError(
-            f"{corpus}: expected at least two different characters, found {tokenizer.vocabulary!r} {characters:,} "
-            "times; there is nothing to learn in it: choose another text"
+            f"tokenize.train_fraction: expected a part of {characters:,} characters on both sides, found "
+            f"{fraction}, which leaves one side empty; choose a longer text"
         )
-    return tokenizer, characters, digest.hexdigest()
+    return Splits(corpus, characters, train_characters)
 
 
-def _pieces(corpus: Path, digest: "hashlib._Hash") -> Iterator[str]:
-    """The text of a file in pieces, line ends untouched; every byte passes through `digest`."""
+def _learn(params: TokenizeParams, splits: Splits, limits: Limits) -> Tokenizer:
+    """Make the tokenizer from the training split, or the ranks, and prove that it knows the validation split.
+
+    One that was made before is taken as it is; what it does not know, its `encode` names.
+    """
+    if params.init_from:
+        return _made_before(Path(params.init_from))
+    characters = CharTokenizer.of_text(splits.train())
+    if characters.vocab_size == 1:
+        raise UserError(
+            f"{splits.corpus}: expected at least two different characters, found {characters.vocabulary!r} "
+            f"{splits.train_characters:,} times in the training split; there is nothing to learn in it: choose another "
+            "text"
+        )
+    if params.kind == "bpe":
+        return BpeTokenizer.learn(splits.train(), params.vocab_size)
+    if params.kind == "tiktoken":
+        ranks = io.BytesIO()
+        fetch_first("tokenize.ranks", params.ranks, params.ranks_sha256, ranks, to="the ranks", limits=limits)
+        return TiktokenTokenizer.of_ranks(ranks.getvalue())
+    _check_validation(splits, characters, params.train_fraction)
+    if params.kind == "word":
+        return WordTokenizer.learn(splits.train(), characters.vocabulary, params.vocab_size)
+    if params.kind == "wordpiece":
+        return WordPieceTokenizer.learn(splits.train(), characters.vocabulary, params.vocab_size)
+    return characters
+
+
+def _made_before(path: Path) -> Tokenizer:
+    """The tokenizer of an earlier training, for more training on another text."""
+    if not path.is_file():
+        raise UserError(
+            f"tokenize.init_from: expected a tokenizer.json, found no file {path}; copy one out of data/tokens first, "
+            "whose content this stage replaces, or set it to null"
+        )
+    return tokenizer_from_json(read_json(path))
+
+
+def _check_validation(splits: Splits, known: CharTokenizer, fraction: float) -> None:
+    """Refuse a validation text with characters that the training text never shows."""
+    unknown = set(CharTokenizer.of_text(splits.val()).vocabulary) - set(known.vocabulary)
+    if unknown:
+        raise UserError(
+            f"{splits.corpus}: expected only the {known.vocab_size} characters of the training split in the validation "
+            f"split, found {listed(unknown)}; set another tokenize.train_fraction (now {fraction}), or tokenize.kind "
+            "bpe, which takes any text, or leave them out"
+        )
+
+
+def _pieces(corpus: Path) -> Iterator[str]:
+    """The text of a file in pieces, line ends untouched."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     try:
@@ -107,7 +178,6 @@ def _pieces(corpus: Path, digest: "hashlib._Hash") -> Iterator[str]:
     with file:
         while True:
             data = file.read(PIECE_BYTES)
-            digest.update(data)
             pending = len(decoder.getstate()[0])
             try:
                 yield decoder.decode(data, final=not data)
@@ -122,12 +192,37 @@ def _pieces(corpus: Path, digest: "hashlib._Hash") -> Iterator[str]:
             offset += len(data)
 
 
-def _write_splits(tokenizer: CharTokenizer, pieces: Iterator[str], out: Path, meta: Meta) -> None:
-    """Encode the pieces; the first `meta.train_tokens` go to `train.bin`, the rest to `val.bin`."""
-    left = meta.train_tokens
-    with atomic_write(out / "train.bin") as train, atomic_write(out / "val.bin") as val:
+def _between(pieces: Iterator[str], first: int, end: int) -> Iterator[str]:
+    """The characters `first` to `end`, the latter not included, of a text in pieces."""
+    at = 0
+    for piece in pieces:
+        yield piece[max(first - at, 0) : max(end - at, 0)]
+        at += len(piece)
+        if at >= end:
+            return
+
+
+def _at_line_ends(pieces: Iterator[str]) -> Iterator[str]:
+    """The same text cut behind lone line ends, so that each piece has the tokens that it has in the whole text.
+
+    Where none comes for long the cut is anywhere: memory stays bounded.
+    """
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        found = LINE_END.match(rest)
+        cut = found.end() if found else len(rest)
+        yield rest[:cut]
+        rest = rest[cut:]
+    yield rest
+
+
+def _write(tokenizer: Tokenizer, pieces: Iterator[str], path: Path, dtype: str) -> int:
+    """Encode the pieces into a file; returns the number of tokens."""
+    written = 0
+    with atomic_write(path) as file:
         for piece in pieces:
-            tokens = tokenizer.encode(piece).astype(meta.dtype)
-            train.write(tokens[:left].tobytes())
-            val.write(tokens[left:].tobytes())
-            left -= min(left, len(tokens))
+            tokens = tokenizer.encode(piece)
+            file.write(tokens.astype(dtype).tobytes())
+            written += len(tokens)
+    return written

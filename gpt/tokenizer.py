@@ -1,22 +1,37 @@
-"""Text to integers and back: one symbol of the vocabulary for each character."""
+"""The tokenizers that need no library, characters and words, and the way back from `tokenizer.json` to any kind."""
 
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, ClassVar, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from gpt.errors import UserError
+from gpt.subwords import BpeTokenizer, TiktokenTokenizer, WordPieceTokenizer
+from gpt.vocabulary import (
+    Kind,
+    Tokenizer,
+    Tokens,
+    are_tokens,
+    check_vocab_size,
+    is_alphabet,
+    no_tokenizer,
+)
 
-Tokens = npt.NDArray[np.uint32]
+WORD = re.compile(r"\w+|\W")  # a word, or one character of anything else: space, line end, punctuation
+LEAST_OCCURRENCES = 2  # of a word with a token of its own; those that occur once teach how words are spelled
 
 
 @dataclass(frozen=True)
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """Each distinct character is a token; its number is its place in the sorted vocabulary."""
 
     vocabulary: str
+
+    kind: ClassVar[Kind] = "char"
 
     @classmethod
     def of_text(cls, pieces: Iterable[str]) -> Self:
@@ -27,60 +42,110 @@ class CharTokenizer:
         return cls("".join(sorted(characters)))
 
     @property
-    def vocab_size(self) -> int:
-        """Number of distinct tokens."""
-        return len(self.vocabulary)
+    def alphabet(self) -> str:
+        """The vocabulary."""
+        return self.vocabulary
 
-    @property
-    def start(self) -> int:
-        """The token that a text without a beginning goes on from: a line end, or else the first symbol."""
-        return max(self.vocabulary.find("\n"), 0)
+    @cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The characters, each in UTF-8."""
+        return tuple(character.encode() for character in self.vocabulary)
 
-    def encode(self, text: str) -> Tokens:
-        """Turn text into token numbers, shape (characters,).
+    def cut(self, text: str) -> Tokens:
+        """The place of each character."""
+        return np.searchsorted(_code_points(self.vocabulary), _code_points(text)).astype(np.uint32)
+
+    def to_json(self) -> dict[str, Any]:
+        """The vocabulary as one text."""
+        return {"kind": self.kind, "vocabulary": self.vocabulary}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Check that the characters are distinct and in order."""
+        if not is_alphabet(value.get("vocabulary")):
+            raise no_tokenizer(cls.kind, "its vocabulary, distinct characters in order")
+        return cls(value["vocabulary"])
+
+
+@dataclass(frozen=True)
+class WordTokenizer(Tokenizer):
+    """Words that are frequent are tokens; others fall into their characters, which are tokens, too.
+
+    The numbers of the characters come first, in their order; then the words, the most frequent first.
+    """
+
+    characters: str
+    words: tuple[str, ...]
+
+    kind: ClassVar[Kind] = "word"
+
+    @classmethod
+    def learn(cls, pieces: Iterable[str], alphabet: str, vocab_size: int) -> Self:
+        """Count the words of a text that comes in pieces and keep the most frequent, as many as fit.
 
         Raises:
-            UserError: a character is not in the vocabulary; all such characters are listed.
+            UserError: not even the characters fit.
         """
-        code_points = _code_points(text)
-        places = np.searchsorted(self._known, code_points).clip(max=self.vocab_size - 1)
-        if not np.array_equal(self._known[places], code_points):
-            unknown = sorted(set(text) - set(self.vocabulary))
-            listed = ", ".join(repr(character) for character in unknown[:20])
-            more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
-            raise UserError(
-                f"expected only the {self.vocab_size} characters of the training text, found {listed}{more}; "
-                f"leave them out (known: {self.vocabulary[:100]!r})"
-            )
-        return places.astype(np.uint32)
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Turn token numbers back into text."""
-        return "".join(self.vocabulary[token] for token in tokens)
-
-    def to_json(self) -> dict[str, str]:
-        """All that is needed to make this tokenizer again, as plain values."""
-        return {"kind": "char", "vocabulary": self.vocabulary}
+        check_vocab_size(vocab_size, len(alphabet), "each character of the training text has a token")
+        occurrences = Counter(word for piece in pieces for word in WORD.findall(piece) if len(word) > 1)
+        ranked = sorted((-count, word) for word, count in occurrences.items() if count >= LEAST_OCCURRENCES)
+        return cls(alphabet, tuple(word for _, word in ranked[: vocab_size - len(alphabet)]))
 
     @property
-    def _known(self) -> Tokens:
-        return _code_points(self.vocabulary)
+    def alphabet(self) -> str:
+        """The characters that are tokens."""
+        return self.characters
+
+    @cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """Characters and words, each in UTF-8."""
+        return tuple(token.encode() for token in (*self.characters, *self.words))
+
+    def cut(self, text: str) -> list[int]:
+        """The number of each word, or of each of its characters."""
+        numbers, found = self._numbers, list[int]()
+        for word in WORD.findall(text):
+            if word in numbers:
+                found.append(numbers[word])
+            else:
+                found += [numbers[character] for character in word]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The characters as one text and the list of words."""
+        return {"kind": self.kind, "characters": self.characters, "words": list(self.words)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Check that characters and words are distinct, and the words made of the characters."""
+        characters, words = value.get("characters"), value.get("words")
+        if not (is_alphabet(characters) and isinstance(words, list) and are_tokens([*str(characters), *words])):
+            raise no_tokenizer(cls.kind, "its characters in order and distinct words")
+        if not set("".join(words)) <= set(str(characters)):
+            raise no_tokenizer(cls.kind, "words made of its characters")
+        return cls(value["characters"], tuple(words))
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {token: number for number, token in enumerate((*self.characters, *self.words))}
 
 
-def tokenizer_from_json(value: Any) -> CharTokenizer:
+KINDS: dict[str, type[Tokenizer]] = {
+    kind.kind: kind for kind in (CharTokenizer, WordTokenizer, BpeTokenizer, WordPieceTokenizer, TiktokenTokenizer)
+}
+
+
+def tokenizer_from_json(value: Any) -> Tokenizer:
     """Make the tokenizer that `to_json` described.
 
     Raises:
         UserError: the value describes no tokenizer.
     """
-    if not isinstance(value, dict) or value.get("kind") != "char" or not isinstance(value.get("vocabulary"), str):
-        raise UserError("tokenizer: expected kind 'char' with its vocabulary, found something else; tokenize again")
-    vocabulary = value["vocabulary"]
-    if not vocabulary or list(vocabulary) != sorted(set(vocabulary)):
-        raise UserError("tokenizer: expected distinct characters in order, found others; tokenize again")
-    return CharTokenizer(vocabulary)
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"tokenizer: expected one of the kinds {', '.join(KINDS)}, found {kind!r}; tokenize again")
+    return KINDS[kind].from_json(value)
 
 
 def _code_points(text: str) -> Tokens:
-    # surrogatepass: a lone surrogate must end in the list of unknown characters, not in a traceback.
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")

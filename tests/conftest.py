@@ -52,10 +52,17 @@ def train_params(**changes: Any) -> TrainParams:
     return TrainParams.model_validate({**small_params()["train"], **changes})
 
 
+def tokenize_params(**changes: Any) -> TokenizeParams:
+    """The section `tokenize` of the smoke preset, with changes."""
+    return TokenizeParams.model_validate({**small_params()["tokenize"], **changes})
+
+
 def write_params(path: Path, **changes: Any) -> Path:
     """Write a params file of the smoke preset with changes."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False  # dvc's parser in C takes no `[pypi:…]`
     with path.open("w", encoding="utf-8") as file:
-        YAML(typ="safe", pure=True).dump(small_params(**changes), file)
+        yaml.dump(small_params(**changes), file)
     return path
 
 
@@ -71,7 +78,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The token folder of the made-up text."""
     folder = tmp_path_factory.mktemp("tokens")
-    tokenize(params=TokenizeParams(kind="char", train_fraction=0.9), corpus=corpus, out=folder)
+    tokenize(params=tokenize_params(), corpus=corpus, out=folder)
     return folder
 
 

@@ -18,10 +18,10 @@ from gpt.overfitting import Evaluation, Overfitting, find_overfitting
 from gpt.params import check_section
 from gpt.run_folder import RunFolder
 from gpt.token_files import load_tokens
-from gpt.tokenize import TokenizeParams, tokenize
+from gpt.tokenize import tokenize
 from gpt.train import Outputs, train
 from gpt.training import TrainParams
-from tests.conftest import made_up_text, small_params
+from tests.conftest import made_up_text, small_params, tokenize_params
 
 Pairs = list[tuple[float, float]]
 FALLS: Pairs = [(2.0, 1.9), (1.5, 1.3), (1.4, 1.2)]
@@ -78,7 +78,7 @@ def test_the_line_says_since_when_how_much_and_what_to_do() -> None:
 def train_on(text: str, folder: Path, *, steps: int) -> None:
     """Train a tiny model; the log goes to a file in the folder."""
     (folder / "text.txt").write_text(text)
-    tokenize(params=TokenizeParams(kind="char", train_fraction=0.9), corpus=folder / "text.txt", out=folder / "tokens")
+    tokenize(params=tokenize_params(), corpus=folder / "text.txt", out=folder / "tokens")
     changes = {"train__max_steps": steps, "train__eval_interval": 20, "train__shards": 1, "model__block_size": 16}
     params = small_params(**changes, train__save_interval=10, model__dropout=0.0)
     with logging_to(folder / "log", "train"):

@@ -30,9 +30,10 @@ def babble(words: list[str], ends: str) -> str:
     return "".join(chance.choice(words) + chance.choice(ends) for _ in range(2000)).strip()
 
 
+SOURCE = (ROOT / "gpt" / "training.py").read_text(encoding="utf-8")
 TEXTS = {
     "a novel.txt": babble(ACCENTS, "   \n"),
-    "source code.py": (ROOT / "gpt" / "training.py").read_text(encoding="utf-8"),
+    "source code.py": "".join(sorted(set(SOURCE))) + SOURCE,  # so that training sees every character
     "one long line.txt": babble(ENGLISH, " "),
 }
 FOLDER = "mes textes, à moi 🙂"
@@ -77,7 +78,7 @@ def test_an_own_text_goes_all_the_way(
     assert (tmp_path / "data" / "shakespeare.txt").read_bytes() == text.read_bytes()
     content = TEXTS[text.name]
     tokenizer = tokenizer_from_json(json.loads((tmp_path / "data" / "tokens" / "tokenizer.json").read_text()))
-    assert tokenizer.vocabulary == "".join(sorted(set(content)))
+    assert tokenizer.alphabet == "".join(sorted(set(content)))
     figures = json.loads((tmp_path / "metrics" / "evaluate.json").read_text())
     assert figures["bits_per_char"] < math.log2(tokenizer.vocab_size) - 0.4, "better than guessing"
     written = (tmp_path / "generation_out.txt").read_text(encoding="utf-8").rpartition("=" * 80 + "\n")[2]

@@ -44,6 +44,11 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"generate__prompts": []}, ["generate.prompts", "at least 1"]),
     ({"generate__temperature": -1}, ["generate.temperature", "-1"]),
     ({"tokenize__train_fraction": 1.0}, ["tokenize.train_fraction", "less than 1"]),
+    ({"tokenize__kind": "morse"}, ["tokenize.kind", "'char', 'word', 'bpe', 'wordpiece' or 'tiktoken'", "morse"]),
+    ({"tokenize__vocab_size": 1}, ["tokenize.vocab_size", "greater than or equal to 2", "1"]),
+    ({"tokenize__ranks": []}, ["tokenize.ranks", "at least one source", "an empty list"]),
+    ({"tokenize__ranks_sha256": None}, ["tokenize.ranks_sha256", "valid string", "null"]),
+    ({"tokenize__ranks_sha256": "306c"}, ["tokenize.ranks_sha256", "64 hexadecimal digits", "'306c'"]),
     ({"launch__processes": 3}, ["launch.processes", "power of two", "3"]),
 ]
 

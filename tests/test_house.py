@@ -83,6 +83,6 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         seconds.append(time.monotonic() - began)
     for verb in (*STAGES, "check-params"):
         assert verb in done.stdout
-    for heavy in ("torch", "pandas", "numpy", "pydantic"):
+    for heavy in ("torch", "pandas", "numpy", "pydantic", "tokenizers", "tiktoken"):
         assert not re.search(rf"\| +{heavy}$", done.stderr, re.MULTILINE), heavy
     assert min(seconds) < 0.8  # the floor here is 0.25 s; the rest is for a busy machine

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from itertools import count, tee
 from pathlib import Path
 from typing import Annotated
 
@@ -46,10 +47,9 @@ def texts(
     for first in range(0, len(wanted), SIDE_BY_SIDE):
         chosen = wanted[first : first + SIDE_BY_SIDE]
         seeds = range(params.seed + first, params.seed + first + len(chosen))
-        rows = sample(model, [encoded[number] for number, _ in chosen], params, seeds, cached=cached)
-        kept: list[list[int]] = []
-        for column, (number, turn) in enumerate(chosen):
-            tokens = (row[column] for row in _again(kept, rows))
+        drawn = sample(model, [encoded[number] for number, _ in chosen], params, seeds, cached=cached)
+        rows = tee(drawn, len(chosen))  # the first text comes as it is drawn, the others have come with it
+        for (number, turn), tokens in zip(chosen, map(_column, rows, count()), strict=True):
             yield params.prompts[number], turn + 1, until(tokenizer.stream(tokens), params.stop)
 
 
@@ -141,12 +141,8 @@ def command(
             print(f"{len(settings.prompts) * settings.samples} samples -> {out}")
 
 
-def _again(kept: list[list[int]], more: Iterator[list[int]]) -> Iterator[list[int]]:
-    """What was drawn before, then what is drawn now: the first sample comes as it is drawn, the others with it."""
-    yield from kept
-    for row in more:
-        kept.append(row)
-        yield row
+def _column(rows: Iterator[list[int]], column: int) -> Iterator[int]:
+    return (row[column] for row in rows)
 
 
 def _encode(checkpoint: Checkpoint, prompt: str) -> list[int]:

@@ -116,6 +116,35 @@ def test_generate_into_a_file_names_what_made_it(gpt: RunGpt, trained: Path, tmp
     assert "prompt '', sample 2 of 2" in sheet
 
 
+def test_generate_takes_prompts_from_a_file_stops_and_needs_no_cache(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompt.txt"
+    prompts.write_bytes(b"the quick\nbrown ")
+    monkeypatch.chdir(tmp_path)
+
+    def written(*more: str) -> str:
+        line = ["gpt", "generate", "--checkpoint", str(trained / "model.pt"), "--prompt-file", str(prompts)]
+        monkeypatch.setattr(sys, "argv", [*line, "--max-new-tokens", "80", "--top-p", "0.9", *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    text = written("--samples", "3")
+    assert text == written("--samples", "3", "--no-cache")
+    assert text.count("the quick\nbrown ") == 3
+    whole = written()
+    ended = written("--stop", "zzz", "--stop", " ")
+    assert whole.startswith(ended.rstrip("\n") + " ")
+    assert " " not in ended.removeprefix("the quick\nbrown ")
+    prompts.write_bytes(b"\xff")
+    monkeypatch.setattr(sys, "argv", ["gpt", "generate", "--checkpoint", "x", "--prompt-file", str(prompts)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "expected UTF-8, found invalid start byte at byte 0" in only_line(capsys.readouterr().err)
+
+
 def test_a_closed_pipe_is_no_error(trained: Path, tmp_path: Path) -> None:
     line = f"'{sys.executable}' -m gpt generate --checkpoint '{trained / 'model.pt'}' --prompt 'the ' | head -c 3"
     done = subprocess.run(

@@ -4,6 +4,7 @@ Only numbers and words come in here. Same numbers, same bytes. Matplotlib takes 
 with the first picture.
 """
 
+import gc
 import io
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -50,10 +51,14 @@ LINES = {
 def write_pictures(folder: Path, seen: "Insight") -> list[Path]:
     """Draw all that there is to draw into a folder."""
     written = []
-    for name, content in pictures(seen):
-        with atomic_write(folder / name) as file:
-            file.write(content)
-        written.append(folder / name)
+    gc.disable()  # a quarter of the time
+    try:
+        for name, content in pictures(seen):
+            with atomic_write(folder / name) as file:
+                file.write(content)
+            written.append(folder / name)
+    finally:
+        gc.enable()
     return written
 
 

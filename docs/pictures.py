@@ -1,27 +1,49 @@
 """Draw the pictures of README and docs: `make pictures`, from the pipeline's outputs and the last benchmark."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from gpt.checkpoint import load_checkpoint
+from gpt.drawing import pictures
+from gpt.evaluate import look_at
+from gpt.token_files import load_tokens
 from stages.pictures import loss, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
+TEXT = "To be, o"  # that docs/model.md shows the scores of
 COLOURS = {"reference": "#888888", "quick": "#2980b9", "default": "#c0392b"}
 NAMES = {"reference": "nanoGPT's recipe", "quick": "presets/quick.yaml", "default": "params.yaml"}
 
 
 def main() -> None:
-    """Draw the loss over the steps, and the loss over the seconds beside the reference recipe's."""
+    """Draw the losses over the steps, what is to see in the model, and the race against the reference recipe."""
     plots, docs = ROOT / "plots", ROOT / "docs"
     (docs / "loss.png").write_bytes(loss(read_table(plots / "history.csv"), read_table(plots / "validation.csv")))
+    model(docs, ROOT / "chargpt_nano.pt")
     races = ROOT / "benchmarks" / "races.json"
     if races.exists():  # `make bench` writes it
         found = json.loads(races.read_text(encoding="utf-8"))["races"]
         race(found).savefig(docs / "speed.png", metadata={"Software": None})
+
+
+def model(docs: Path, checkpoint: Path) -> None:
+    """Draw what is to see in a model, and put what `gpt explain` prints of it into docs/model.md."""
+    for name, content in pictures(look_at(load_checkpoint(checkpoint), load_tokens(ROOT / "data" / "tokens"))):
+        (docs / f"model-{name}").write_bytes(content)
+    words = ["explain", "--checkpoint", str(checkpoint), "--text", TEXT]
+    printed = subprocess.run(
+        [sys.executable, "-m", "gpt", *words], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    page = docs / "model.md"
+    before, begin, rest = page.read_text(encoding="utf-8").partition(f'--text "{TEXT}"\n')
+    _, end, after = rest.partition("```")
+    page.write_text(before + begin + printed.stdout + end + after, encoding="utf-8")
 
 
 def race(races: list[dict[str, Any]]) -> Figure:

@@ -10,7 +10,7 @@ import typer
 
 from gpt.errors import OneLineError
 
-VERBS = ("download", "tokenize", "train", "evaluate", "generate", "check-params")
+VERBS = ("download", "tokenize", "train", "evaluate", "generate", "explain", "check-params")
 
 
 def main() -> None:

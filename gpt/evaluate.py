@@ -18,8 +18,10 @@ from gpt.checkpoint import Checkpoint, load_checkpoint
 from gpt.command import LOG_FILE, Changes, LogFile, ParamsFile, logging_to, say
 from gpt.dataset import covering_windows
 from gpt.device import choose_device
+from gpt.drawing import write_pictures
 from gpt.errors import UserError
 from gpt.files import atomic_write, prepare_output, sha256_file, write_figures
+from gpt.insight import Insight, look
 from gpt.memorisation import WINDOW, Copies, find_copies
 from gpt.model import LanguageModel
 from gpt.params import Section, read_section
@@ -30,6 +32,7 @@ from gpt.vocabulary import Tokenizer
 
 TEXTS = 8  # that the model writes side by side, to be searched for copies
 LONGEST_CHARACTER = 4  # in UTF-8 bytes, and so in tokens
+DRAWN = 16  # tokens of the validation split whose attention is drawn
 SHOWN = 60  # characters of the longest copy that a person gets to read
 
 
@@ -81,6 +84,12 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     )
 
 
+def look_at(checkpoint: Checkpoint, data: TokenData) -> Insight:
+    """Look into a model while it reads the beginning of the validation split."""
+    length = min(DRAWN, checkpoint.model.block_size)
+    return look(checkpoint.build(), data.val[:length].tolist(), checkpoint.tokenizer.decode)
+
+
 def command(
     params: ParamsFile,
     tokens: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the command tokenize wrote.")],
@@ -91,14 +100,18 @@ def command(
         Path,
         typer.Option(metavar="FILE", help="Where it goes how often the likeliest token is right, as CSV."),
     ],
+    pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Draw PNGs there: attention maps, positions, which symbols are alike."),
+    ] = None,
     changes: Changes = [],  # noqa: B006 (Typer copies it)
     log_file: LogFile = LOG_FILE,
 ) -> None:
-    """Read section, checkpoint and tokens, measure, write."""
+    """Read section, checkpoint and tokens, measure, write; draw."""
     section = read_section(params, "evaluate", EvaluateParams, changes)
     loaded = load_checkpoint(checkpoint)
     with logging_to(log_file, "evaluate", sha256_file(checkpoint)[:8]):
-        for path in (metrics, positions, calibration):
+        for path in (metrics, positions, calibration, *([pictures / "attention.png"] if pictures else [])):
             prepare_output(path)
         data = load_tokens(tokens)
         if data.tokenizer != loaded.tokenizer:
@@ -113,15 +126,16 @@ def command(
                 file.write(table.to_csv(index=False, lineterminator="\n").encode())
         for line in found.summary:
             say(line)
+        if pictures:
+            write_pictures(pictures, look_at(loaded, data))
 
 
 def _write(model: LanguageModel, tokenizer: Tokenizer, *, characters: int, seed: int) -> list[str]:
     """Texts by the model, each as if after a line end, that have so many characters together, or a few more."""
     length = -(-characters // TEXTS)
     settings = SamplingParams(max_new_tokens=LONGEST_CHARACTER * length, temperature=1.0)  # its own probabilities
-    rows = tee(
-        sample(model, [[tokenizer.start]] * TEXTS, settings, range(seed, seed + TEXTS)), TEXTS
-    )  # drawn as far as needed
+    drawn = sample(model, [[tokenizer.start]] * TEXTS, settings, range(seed, seed + TEXTS))
+    rows = tee(drawn, TEXTS)  # as far as needed
     return [_beginning(tokenizer.stream(row[place] for row in copy), length) for place, copy in enumerate(rows)]
 
 

@@ -1,10 +1,9 @@
-"""Pictures of a run as PNGs: losses and learning rate over the steps, loss by position, calibration.
+"""Pictures of a run as PNGs: losses and learning rate over the steps, loss by position, calibration, the model's own.
 
 Importing it takes half a second (matplotlib): stages do so while their child already runs. Same numbers, same bytes.
 """
 
 import csv
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
+
+from gpt.drawing import png
 
 Columns = Mapping[str, Sequence[float]]
 
@@ -29,8 +30,14 @@ def of_training(points: Iterable[Mapping[str, float]]) -> Iterator[tuple[str, by
         yield "learning_rate.png", learning_rate(rate)
 
 
-def of_evaluation(positions: Path, calibration: Path | None) -> Iterator[tuple[str, bytes]]:
-    """Loss by position and, where there is such a table, calibration."""
+def of_evaluation(positions: Path, calibration: Path | None, drawn: Path) -> Iterator[tuple[str, bytes]]:
+    """What the command drew of the model itself, loss by position and, where there is such a table, calibration.
+
+    Args:
+        drawn: folder with the command's own pictures.
+    """
+    for path in sorted(drawn.glob("*.png")):
+        yield path.name, path.read_bytes()
     yield "loss_by_position.png", loss_by_position(read_table(positions))
     if calibration:
         yield "calibration.png", calibrated(read_table(calibration))
@@ -46,7 +53,7 @@ def loss(training: Columns, validation: Columns) -> bytes:
         axes.annotate(f"{end[1]:.3f}", end, xytext=(6, 4), textcoords="offset points")
     axes.set_xlim(0, max(training["step"]) * 1.07 or 1)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def learning_rate(rate: Columns) -> bytes:
@@ -56,7 +63,7 @@ def learning_rate(rate: Columns) -> bytes:
     axes.set_xlim(0, max(rate["step"]) * 1.07 or 1)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
-    return _png(figure)
+    return png(figure)
 
 
 def loss_by_position(table: Columns) -> bytes:
@@ -64,7 +71,7 @@ def loss_by_position(table: Columns) -> bytes:
     figure, axes = _axes("tokens that the model sees", "loss (nats a token)")
     axes.plot(table["position"], table["loss"], color=STRONG)
     axes.set_xlim(0, max(table["position"]) * 1.02)
-    return _png(figure)
+    return png(figure)
 
 
 def calibrated(table: Columns) -> bytes:
@@ -78,7 +85,7 @@ def calibrated(table: Columns) -> bytes:
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
     axes.scatter(table["probability"], table["right"], s=areas, color=STRONG, alpha=0.8, linewidths=0)
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-    return _png(figure)
+    return png(figure)
 
 
 def read_table(path: Path) -> Columns:
@@ -108,9 +115,3 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     return figure, axes
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    return content.getvalue()

@@ -21,6 +21,7 @@ SCREEN = ViewportSize(width=1920, height=1080)
 PATIENCE_MS = 60_000  # other work may run on the same cores
 PLOTS = {"loss", "learning rate", "loss by position", "calibration"}
 PICTURES = ["loss.png", "learning_rate.png", "loss_by_position.png", "calibration.png"]
+PICTURES += ["attention.png", "positions.png", "embeddings.png"]
 SVG = "window.vegaEmbed = (place, spec) => vegaEmbed(place, spec, {renderer: 'svg'})"
 
 

@@ -83,8 +83,15 @@ def test_evaluate_repeats_the_training_figure(gpt: RunGpt, trained: Path, tokens
         "positions.csv",
         "--calibration",
         "calibration.csv",
+        "--pictures",
+        "pictures",
     )
     assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        "attention.png",
+        "positions.png",
+        "embeddings.png",
+    }
     figures = json.loads((tmp_path / "evaluate.json").read_text())
     val_loss = load_checkpoint(trained / "model.pt").about["val_loss"]
     assert list(figures) == ["bits_per_char", "calibration_error", "longest_copy", "copied"]

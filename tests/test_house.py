@@ -45,8 +45,9 @@ def test_deps_are_exactly_what_the_verb_imports(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_a_verb_really_imports_is_what_the_walk_finds(stage: str) -> None:
-    """The walk reads source; here Python itself says what was imported."""
+    """The walk reads source; here Python itself says what was imported; matplotlib is only when something is drawn."""
     code = f"import gpt.{stage}, sys; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('gpt.')))"
+    code += "; assert 'matplotlib' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True, env=environment()
     )
@@ -81,8 +82,8 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         began = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True, env=environment())
         seconds.append(time.monotonic() - began)
-    for verb in (*STAGES, "check-params"):
+    for verb in (*STAGES, "explain", "check-params"):
         assert verb in done.stdout
-    for heavy in ("torch", "pandas", "numpy", "pydantic", "tokenizers", "tiktoken"):
+    for heavy in ("torch", "pandas", "numpy", "pydantic", "tokenizers", "tiktoken", "matplotlib"):
         assert not re.search(rf"\| +{heavy}$", done.stderr, re.MULTILINE), heavy
     assert min(seconds) < 0.8  # the floor here is 0.25 s; the rest is for a busy machine

@@ -85,7 +85,9 @@ def test_pictures(tmp_path: Path) -> None:
     positions.write_text("position,loss\n1,4.1\n2,3.0\n")
     calibration.write_text("probability,right,predictions\n0.1,0.2,7\n0.5,,0\n0.9,0.8,3\n")
     with_loss = [{**POINTS[-1], "val_loss": 2.0}]
-    found = dict([*of_training(POINTS + with_loss), *of_evaluation(positions, calibration)])
+    drawn = tmp_path / "drawn"
+    drawn.mkdir()
+    found = dict([*of_training(POINTS + with_loss), *of_evaluation(positions, calibration, drawn)])
     assert sorted(found) == ["calibration.png", "learning_rate.png", "loss.png", "loss_by_position.png"]
     assert all(content.startswith(b"\x89PNG") for content in found.values())
     assert len(set(found.values())) == 4
@@ -93,13 +95,15 @@ def test_pictures(tmp_path: Path) -> None:
         dict(of_training(POINTS + with_loss))["loss.png"] == found["loss.png"] != dict(of_training(POINTS))["loss.png"]
     )
     assert list(of_training([])) == []
-    assert list(dict(of_evaluation(positions, None))) == ["loss_by_position.png"]
+    assert list(dict(of_evaluation(positions, None, drawn))) == ["loss_by_position.png"]
+    (drawn / "attention.png").write_bytes(b"maps")
+    assert dict(of_evaluation(positions, None, drawn))["attention.png"] == b"maps"
 
 
 def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     positions = tmp_path / "positions.csv"
     positions.write_text("position,loss\n1,4.1\n")
-    found = drawn("evaluate", lambda: of_evaluation(positions, tmp_path / "missing.csv"))
+    found = drawn("evaluate", lambda: of_evaluation(positions, tmp_path / "missing.csv", tmp_path))
     assert list(found) == ["pictures/loss_by_position.png"]
     assert capsys.readouterr().err.startswith("stages.evaluate: not all pictures are drawn: FileNotFoundError ")
 

@@ -71,7 +71,7 @@ def test_one_row_holds_all_of_the_model(project: Path) -> None:
     steps = [metric.step for metric in client.get_metric_history(row.info.run_id, "train_loss")]
     assert steps == [10, 20, 30, 40]
     names = artifacts(client, row.info.run_id)
-    for name in ("chargpt_nano.pt", "params.yaml", "history.csv", "generation_out.txt"):
+    for name in ("chargpt_nano.pt", "params.yaml", "history.csv", "generation_out.txt", "pictures/attention.png"):
         assert any(path.endswith(name) for path in names), names
     assert any(path.endswith(".log") for path in names)
     assert (project / "mlruns").is_dir()

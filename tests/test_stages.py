@@ -1,5 +1,6 @@
 """The wrappers: real processes, real stores, and a child that behaves towards the outside as gpt's verbs do."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -97,8 +98,10 @@ def test_the_artifacts_of_a_trained_model(done: Workspace) -> None:
         "calibration.csv": "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n",
         "text.txt": "ROMEO: hm\n",
     }
-    pictures = [f"pictures/{name}.png" for name in ("calibration", "learning_rate", "loss", "loss_by_position")]
+    pictures = [f"pictures/{name}.png" for name in ("attention", "calibration", "learning_rate", "loss")]
+    pictures.append("pictures/loss_by_position.png")
     assert sorted(logs) == ["logs/evaluate.log", "logs/generate.log", "logs/train.log", *pictures]
+    assert logs["pictures/attention.png"] == hashlib.sha256(b"maps").hexdigest(), "what the command itself drew"
     assert logs["logs/train.log"] == f"2026-11-21 07:00:00 INFO train[{done.key[:8]}]: started\nand continued\n"
 
 
@@ -231,6 +234,7 @@ def test_a_checkpoint_without_a_row(place: Workspace) -> None:
         "evaluate.json",
         "logs/evaluate.log",
         "logs/generate.log",
+        "pictures/attention.png",
         "pictures/calibration.png",
         "pictures/loss_by_position.png",
         "positions.csv",

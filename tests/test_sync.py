@@ -110,6 +110,7 @@ def test_whatever_is_missing_comes_and_nothing_else_changes(
     assert synced("") == whole
     assert only["artifacts"]["dvc.lock"] == sha256_file(Path("dvc.lock"))
     assert only["artifacts"]["w.pt"] == sha256_file(Path("w.pt"))
+    assert only["artifacts"]["pictures/attention.png"] == hashlib.sha256(b"maps").hexdigest()
     assert only["artifacts"]["params.yaml"] == hashlib.sha256(PARAMS.encode()).hexdigest()
     assert [step for step, _, _ in only["metrics"]["train_loss"]] == list(range(12))
     assert ["dvc.lock" in row["artifacts"] for row in whole] == [row == only for row in whole]

@@ -90,6 +90,7 @@ elif verb == "evaluate":
     write(value("--metrics"), json.dumps({"loss": plan["loss"], "characters": 7}))
     write(value("--positions"), "position,loss\n1,2\n")
     write(value("--calibration"), "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n")
+    write(value("--pictures") / "attention.png", plan.get("drawn", "maps"))
 else:
     write(value("--out"), "ROMEO: hm\n")
 """

@@ -102,6 +102,36 @@ def test_an_experiment_is_a_second_row(project: Path) -> None:
     assert "faster" in table
 
 
+FAMILY = {
+    "relative": "model.position=relative",
+    "average": "model.kind=average",
+    "parts of words": "tokenize.kind=bpe",
+    "other words": "generate.stop=['the']",
+}
+
+
+@pytest.mark.proof
+def test_every_member_of_the_family_is_a_row_of_its_own(project: Path) -> None:
+    """But what only writes otherwise is shown on the row of its model."""
+    before = {row.info.run_id for row in rows(project)}
+    clean = ["git", "checkout", "--quiet", "."]
+    for name, change in FAMILY.items():
+        subprocess.run(clean, cwd=project, check=True)
+        dvc(project, "exp", "run", "--name", name.replace(" ", "-"), "-S", change, "-S", "tokenize.vocab_size=300")
+    new = {row.info.run_name: row for row in rows(project) if row.info.run_id not in before}
+    assert set(new) == {"relative", "average", "parts-of-words"}
+    for name, row in new.items():
+        key, _, value = FAMILY[name.replace("-", " ")].partition("=")
+        assert row.info.status == "FINISHED"
+        assert row.data.params[key] == value
+        assert 0 < row.data.metrics["eval_bits_per_char"] < 6
+        found = artifacts(MlflowClient(f"sqlite:///{project / 'mlflow.db'}"), row.info.run_id)
+        assert {"chargpt_nano.pt", "generation_out.txt"} <= set(found)
+    subprocess.run(clean, cwd=project, check=True)
+    dvc(project, "repro")
+    assert json.loads((project / "data" / "tokens" / "meta.json").read_text())["kind"] == "char"
+
+
 @pytest.mark.proof
 def test_the_commands_on_a_rows_page_bring_its_run_back(project: Path) -> None:
     dvc(project, "exp", "run", "--name", "lost", "-S", "train.learning_rate=0.005", "-S", "train.max_steps=20")

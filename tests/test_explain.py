@@ -195,6 +195,39 @@ def test_what_is_alike_stands_side_by_side() -> None:
     assert sum(a != b for a, b in pairwise(ordered)) == 2
 
 
+def test_neighbours_on_a_line_stay_neighbours() -> None:
+    """However the groups were joined, each is turned so that it goes on where the other one ends."""
+    places = np.array([3.5, 12.5, 0, 10, 1, 11, 3], dtype=np.float32)
+    order = side_by_side(-np.abs(places[:, None] - places))
+    assert sorted(places) in (list(places[order]), list(places[order][::-1]))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("position", POSITIONS)
+def test_what_is_drawn_of_the_positions_by_hand(position: str) -> None:
+    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, ngram=2, position=position))
+    found = look(model, [2, 5], SYMBOLS.decode).positions
+    if position == "none":
+        assert found is None
+        return
+    assert found
+    assert found.scheme == position
+    places, half, layers = np.arange(8.0)[:, None], np.arange(8), range(2)
+    expected = {
+        "learned": lambda: model.get_parameter("positions.table.weight"),
+        "sinusoidal": lambda: np.hstack(
+            [np.sin(places * 10_000 ** (-half / 8)), np.cos(places * 10_000 ** (-half / 8))]
+        ),
+        "rotary": lambda: np.cos(places * 10_000 ** (-np.arange(4) / 4)),
+        "relative": lambda: torch.stack(
+            [model.get_parameter(f"blocks.{layer}.attention.bias.table.weight").norm(dim=1) for layer in layers]
+        ),
+        "alibi": lambda: -np.array([[2**-4], [2**-8]]) * np.arange(8),
+    }[position]()
+    assert found.values.shape == tuple(expected.shape)
+    assert np.allclose(found.values, expected, atol=1e-5)
+
+
 DOC = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,20 +213,24 @@ def test_what_is_drawn_of_the_positions_by_hand(position: str) -> None:
         return
     assert found
     assert found.scheme == position
-    places, half, layers = np.arange(8.0)[:, None], np.arange(8), range(2)
-    expected = {
-        "learned": lambda: model.get_parameter("positions.table.weight"),
-        "sinusoidal": lambda: np.hstack(
-            [np.sin(places * 10_000 ** (-half / 8)), np.cos(places * 10_000 ** (-half / 8))]
-        ),
-        "rotary": lambda: np.cos(places * 10_000 ** (-np.arange(4) / 4)),
-        "relative": lambda: torch.stack(
-            [model.get_parameter(f"blocks.{layer}.attention.bias.table.weight").norm(dim=1) for layer in layers]
-        ),
-        "alibi": lambda: -np.array([[2**-4], [2**-8]]) * np.arange(8),
-    }[position]()
-    assert found.values.shape == tuple(expected.shape)
+    expected = np.asarray(positions_of(model))
+    assert found.values.shape == expected.shape
     assert np.allclose(found.values, expected, atol=1e-5)
+
+
+def positions_of(model: LanguageModel) -> "Tensor | np.ndarray[Any, np.dtype[np.float64]]":
+    angles = np.arange(8.0)[:, None] * 10_000 ** (-np.arange(8) / 8)
+    match model.params.position:
+        case "learned":
+            return model.get_parameter("positions.table.weight").detach()
+        case "sinusoidal":
+            return np.hstack([np.sin(angles), np.cos(angles)])
+        case "rotary":  # of half as many channels
+            return np.cos(angles[:, ::2])
+        case "relative":
+            tables = (model.get_parameter(f"blocks.{layer}.attention.bias.table.weight") for layer in range(2))
+            return torch.stack([table.norm(dim=1) for table in tables])
+    return -np.array([[2**-4], [2**-8]]) * np.arange(8)
 
 
 DOC = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")

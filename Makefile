@@ -39,7 +39,7 @@ clean: ## Delete what can be made again: environment, outputs, caches; runs and 
 	rm -f data/shakespeare.txt chargpt_nano.pt generation_out.txt gpt_nano.log
 	find gpt stages benchmarks tests -name __pycache__ -exec rm -rf {} +
 
-pictures: $(VENV)/pipeline ## Draw the pictures of the README from the pipeline's outputs
+pictures: $(VENV)/pipeline ## Draw the pictures of README and docs, and print a head's scores there, from the pipeline's outputs
 	python -m docs.pictures
 
 lock: $(VENV)/test ## Write the exact versions of this environment into requirements.lock

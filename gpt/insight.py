@@ -110,7 +110,6 @@ def side_by_side(alike_VV: Numbers) -> list[int]:
         turned = [(a, b) for a in (left, left[::-1]) for b in (right, right[::-1])]
         before, after = max(turned, key=lambda pair: alike_VV[pair[0][-1], pair[1][0]])
         mean_V = (len(left) * between_VV[first] + len(right) * between_VV[second]) / (len(left) + len(right))
-        mean_V[first] = -np.inf
         between_VV[first], between_VV[:, first] = mean_V, mean_V
         between_VV[second], between_VV[:, second] = -np.inf, -np.inf
         groups[first] = before + after

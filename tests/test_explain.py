@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,6 +194,43 @@ def test_what_is_alike_stands_side_by_side() -> None:
     assert sorted(order) == list(range(7))
     ordered = [groups[place] for place in order]
     assert sum(a != b for a, b in pairwise(ordered)) == 2
+
+
+def test_neighbours_on_a_line_stay_neighbours() -> None:
+    """However the groups were joined, each is turned so that it goes on where the other one ends."""
+    places = np.array([3.5, 12.5, 0, 10, 1, 11, 3], dtype=np.float32)
+    order = side_by_side(-np.abs(places[:, None] - places))
+    assert sorted(places) in (list(places[order]), list(places[order][::-1]))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("position", POSITIONS)
+def test_what_is_drawn_of_the_positions_by_hand(position: str) -> None:
+    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, ngram=2, position=position))
+    found = look(model, [2, 5], SYMBOLS.decode).positions
+    if position == "none":
+        assert found is None
+        return
+    assert found
+    assert found.scheme == position
+    expected = np.asarray(positions_of(model))
+    assert found.values.shape == expected.shape
+    assert np.allclose(found.values, expected, atol=1e-5)
+
+
+def positions_of(model: LanguageModel) -> "Tensor | np.ndarray[Any, np.dtype[np.float64]]":
+    angles = np.arange(8.0)[:, None] * 10_000 ** (-np.arange(8) / 8)
+    match model.params.position:
+        case "learned":
+            return model.get_parameter("positions.table.weight").detach()
+        case "sinusoidal":
+            return np.hstack([np.sin(angles), np.cos(angles)])
+        case "rotary":  # of half as many channels
+            return np.cos(angles[:, ::2])
+        case "relative":
+            tables = (model.get_parameter(f"blocks.{layer}.attention.bias.table.weight") for layer in range(2))
+            return torch.stack([table.norm(dim=1) for table in tables])
+    return -np.array([[2**-4], [2**-8]]) * np.arange(8)
 
 
 DOC = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from gpt.scoring import Batch, losses
 from gpt.token_files import TokenData
 
 EXPLODED = 10  # times the loss of guessing
-EVALUATION_TOKENS = 4096  # a batch of the evaluation between steps: part of the bits, so no parameter of the machine
+EVALUATION_TOKENS = 2048  # a batch of the evaluation between steps: part of the bits, so no parameter of the machine
 
 
 class TrainParams(OptimizerParams):

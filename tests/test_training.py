@@ -10,6 +10,7 @@ from torch import nn
 from gpt.distributed import Group, ShardedModel, joined
 from gpt.errors import UserError
 from gpt.history import read_records
+from gpt.ladder import make_model
 from gpt.model import GPT, next_token_loss
 from gpt.model_params import ModelParams
 from gpt.muon import Muon, orthogonalise
@@ -173,6 +174,37 @@ def test_a_gradient_that_blows_up_stops_the_training(data: TokenData) -> None:
             next(run.model.parameters()).fill_(torch.inf)
         with pytest.raises(UserError, match=r"step 2: expected a loss below \d+ and a finite gradient, found loss nan"):
             run.train_step()
+
+
+FAMILY: list[dict[str, object]] = [
+    {"model__kind": "bigram"},
+    {"model__kind": "average"},
+    {"model__kind": "head", "model__position": "learned"},
+    {"model__kind": "head", "model__position": "relative"},
+    {"model__position": "learned"},
+    {"model__position": "sinusoidal"},
+    {"model__position": "relative"},
+    {"model__position": "alibi"},
+    {"model__position": "none"},
+    {"model__norm": "rms", "model__activation": "swiglu", "model__bias": True},
+    {"model__activation": "relu", "model__tie_embeddings": True, "train__optimizer": "adamw"},
+]
+
+
+@pytest.mark.parametrize("changes", FAMILY, ids=lambda changes: " ".join(map(str, changes.values())))
+def test_every_member_of_the_family_learns_with_all_of_its_weights(data: TokenData, changes: dict[str, object]) -> None:
+    """In bfloat16, as the default does."""
+    with joined(CPU, timeout_s=30) as group:
+        params = small_params(train__max_steps=25, train__weight_average=0.0, **changes)
+        torch.manual_seed(0)
+        model = make_model(check_section(Path("test"), "model", ModelParams, params), data.meta.vocab_size)
+        run = Trainer(check_section(Path("test"), "train", TrainParams, params), model, data, group)
+        first, begun = run.evaluate(), {name: weight.clone() for name, weight in model.state_dict().items()}
+        for _ in range(25):
+            run.train_step()
+        assert run.evaluate() < first - 0.1
+    for name, weight in model.named_parameters():
+        assert not torch.equal(weight, begun[name]), name
 
 
 def test_seeds_of_neighbours_are_unrelated() -> None:

@@ -15,7 +15,7 @@ from gpt.command import LOG_FILE, Changes, LogFile, log, logging_to
 from gpt.device import CPU_THREADS
 from gpt.errors import UserError
 from gpt.files import atomic_write, prepare_output, sha256_file
-from gpt.params import read_section
+from gpt.params import check_section, read_section
 from gpt.sampling import SamplingParams, sample
 
 SIDE_BY_SIDE = 16  # texts written at once; more take more memory and hardly less time
@@ -126,7 +126,8 @@ def command(
     }
     section = read_section(params, "generate", GenerateParams, changes) if params else GenerateParams()
     given = {key: value for key, value in options.items() if value is not None}
-    settings = GenerateParams.model_validate({**section.model_dump(), **given})
+    chosen = {"generate": {**section.model_dump(), **given}}
+    settings = check_section(params or Path("command line"), "generate", GenerateParams, chosen)
     loaded = load_checkpoint(checkpoint)
     digest = sha256_file(checkpoint)
     with logging_to(log_file, "generate", digest[:8]):

@@ -145,6 +145,12 @@ def test_generate_takes_prompts_from_a_file_stops_and_needs_no_cache(
     ended = written("--stop", "zzz", "--stop", " ")
     assert whole.startswith(ended.rstrip("\n") + " ")
     assert " " not in ended.removeprefix("the quick\nbrown ")
+    for option, value in (("--top-p", "0"), ("--repetition-penalty", "0"), ("--stop", "")):
+        line = ["gpt", "generate", "--checkpoint", str(trained / "model.pt"), option, value]
+        monkeypatch.setattr(sys, "argv", line)
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert f"generate.{option[2:].replace('-', '_')}" in only_line(capsys.readouterr().err)
     prompts.write_bytes(b"\xff")
     monkeypatch.setattr(sys, "argv", ["gpt", "generate", "--checkpoint", "x", "--prompt-file", str(prompts)])
     with pytest.raises(SystemExit, match="2"):

@@ -9,11 +9,9 @@ import ctypes
 import io
 import os
 import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,70 +31,16 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.errors import OneLineError
+from gpt.pairs import LostPartnerError, Pair, pairs_of_rank
+from gpt.pulse import Pulse
 
-BUCKET_MB = 25  # on loopback a message costs about 2 ms whatever its size, so few large ones
+BUCKET_MB = 25  # few large messages: each waits for the slower rank
 FOREVER = timedelta(days=365)
-PULSE_S = 1
-PULSE_ANSWER_S = 5
 PR_SET_PDEATHSIG = 1  # number of Linux's prctl
 
 
 class LostRankError(OneLineError):
     """Another rank of the group died or does not answer."""
-
-
-class Pulse:
-    """Tells the other ranks how far this one has come, so that they can name the one that hangs.
-
-    A rank counts the exchanges that it reached. A thread brings the count to the common store every second, which
-    costs the training nothing.
-    """
-
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        self._store = store.clone() if size > 1 else store  # type: ignore[attr-defined]
-        self._rank, self._size = rank, size
-        self._count = 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._report_for_ever, daemon=True)
-        if size > 1:
-            self._store.set_timeout(timedelta(seconds=PULSE_ANSWER_S))
-            self._thread.start()
-
-    def beat(self) -> None:
-        """Count one exchange that this rank has reached."""
-        self._count += 1
-
-    def stop(self) -> None:
-        """End the thread: one that is inside torch while Python shuts down aborts the process."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join(PULSE_ANSWER_S)
-
-    def diagnosis(self, timeout_s: int) -> str:
-        """Say which ranks fell behind, and end those on this machine, which nothing else would."""
-        reached = {}
-        with suppress(RuntimeError):  # the store lies on a machine that is out of reach
-            self._report()
-            for rank in range(self._size):
-                count, host, pid = self._store.get(f"pulse {rank}").decode().split()
-                reached[rank] = int(count), host, int(pid)
-        behind = {rank: who for rank, who in reached.items() if who[0] < self._count}
-        for _, host, pid in behind.values():
-            if host == socket.gethostname():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        names = ", ".join(f"rank {rank} (PID {pid} on {host})" for rank, (_, host, pid) in behind.items())
-        missing = names or f"a rank other than {self._rank}"
-        return f"{missing} died, or did not answer within {timeout_s} s; run again to continue"
-
-    def _report(self) -> None:
-        self._store.set(f"pulse {self._rank}", f"{self._count} {socket.gethostname()} {os.getpid()}")
-
-    def _report_for_ever(self) -> None:
-        with suppress(RuntimeError):  # the store is gone, and soon this process
-            self._report()
-            while not self._stopped.wait(PULSE_S):
-                self._report()
 
 
 @dataclass(frozen=True)
@@ -107,7 +51,7 @@ class Group:
     size: int
     device: torch.device
     pulse: Pulse
-    timeout: timedelta
+    pairs: Sequence[Pair]
 
     @property
     def first(self) -> bool:
@@ -119,12 +63,17 @@ class Group:
         share = shards // self.size
         return range(self.rank * share, (self.rank + 1) * share)
 
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum the tensors of all ranks, in place, in one binary tree whatever rank adds: all get the same bits."""
+        for pair in self.pairs:
+            self.pulse.beat()
+            pair.add(tensor)
+
     def gather(self, values: Sequence[float]) -> list[float]:
         """Put together the values of all ranks, in the order of the ranks; all give equally many."""
         everyone = torch.zeros(self.size, len(values), dtype=torch.float64, device=self.device)
         everyone[self.rank] = torch.tensor(values, dtype=torch.float64)
-        self.pulse.beat()
-        dist.all_reduce(everyone)  # adding zeros changes no bit, and this is faster than gloo's all_gather
+        self.add_up(everyone)  # adding zeros changes no bit
         return everyone.flatten().tolist()
 
     def exchange(self, tensors: Sequence[Tensor]) -> None:
@@ -135,8 +84,7 @@ class Group:
         if self.size == 1:
             return
         everything = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors])
-        self.pulse.beat()
-        dist.all_reduce(everything)
+        self.add_up(everything)
         at = 0
         for tensor in tensors:
             bits = tensor.view(torch.uint8)
@@ -192,11 +140,13 @@ def joined(device: torch.device, *, timeout_s: int, before: Callable[[], None] =
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     pulse = Pulse(store, rank, size)
+    pairs: list[Pair] = []
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        yield Group(rank, size, device, pulse, timeout)
+        pairs = pairs_of_rank(rank, size, device, store, timeout)
+        yield Group(rank, size, device, pulse, pairs)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError | LostPartnerError) and "gloo" not in str(error):
             raise
         raise LostRankError(
             pulse.diagnosis(timeout_s)
@@ -207,6 +157,8 @@ def joined(device: torch.device, *, timeout_s: int, before: Callable[[], None] =
     else:
         dist.destroy_process_group()
     finally:
+        for pair in pairs:
+            pair.close()
         pulse.stop()
 
 
@@ -229,7 +181,6 @@ class ShardedModel:
     def __init__(self, model: nn.Module, group: Group, shards: int, *, bucket_mb: float = BUCKET_MB) -> None:
         self._shards = shards
         self._group = group
-        self._pairs = _pairs(group)
         self._pending: list[tuple[int, dict[Tensor, Tensor]]] = []  # subtrees still without their right half
         ids = [group.device.index] if group.device.type == "cuda" else None
         self._ddp = DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=bucket_mb)
@@ -276,23 +227,8 @@ class ShardedModel:
             for _, left in reversed(self._pending):
                 gradient.add_(left[weight])
         total = bucket.buffer()
-        for pair in self._pairs:
-            self._group.pulse.beat()
-            dist.all_reduce(total, group=pair)  # of two members: a + b has the same bits as b + a
+        self._group.add_up(total)
         total.div_(self._shards)
         future: Future[Tensor] = Future()
         future.set_result(total)
         return future
-
-
-def _pairs(group: Group) -> list[dist.ProcessGroup]:
-    """This rank's two-member groups: the neighbour, then the neighbouring pair, and so on up the tree."""
-    mine = []
-    distance = 1
-    while distance < group.size:
-        for low in (rank for rank in range(group.size) if not rank & distance):
-            pair = dist.new_group([low, low | distance], timeout=group.timeout)
-            if group.rank in (low, low | distance):
-                mine.append(pair)
-        distance *= 2
-    return mine

@@ -52,10 +52,13 @@ class Running:
             os.kill(self.pid, number)
 
 
-def start(folder: Path, arguments: list[str], *, ranks: int = 1, killed_at: int | None = None) -> list[Running]:
+def start(
+    folder: Path, arguments: list[str], *, ranks: int = 1, ranks_here: int | None = None, killed_at: int | None = None
+) -> list[Running]:
     """Start a command in a folder, as several ranks if asked for, each told of the others as torchrun does it.
 
     Args:
+        ranks_here: so many of them are told that they share a machine, the others that they share another.
         killed_at: it kills itself right before this file operation (the first is 0).
 
     """
@@ -64,9 +67,9 @@ def start(folder: Path, arguments: list[str], *, ranks: int = 1, killed_at: int 
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        groups = [
-            meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} for rank in range(ranks)
-        ]
+        here = ranks_here or ranks
+        everyone = meeting | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(here)}
+        groups = [everyone | {"RANK": str(rank), "LOCAL_RANK": str(rank % here)} for rank in range(ranks)]
     return [Running(folder, arguments, variables, killed_at) for variables in groups]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from gpt.errors import UserError
-from stages import torchrun
+from stages import lock_list, torchrun
 from stages.log import append_failure, frame
 
 LOOK_S = 0.5  # between two looks at what the child has written
@@ -34,6 +34,7 @@ def enter(stage: str, main: Callable[[list[str]], int]) -> NoReturn:
         _end_with_parent()  # dvc killed by SIGKILL would leave us, and a second `dvc repro` would start beside us
         if os.getpgid(os.getppid()) != os.getpgrp():  # it was killed before the line above: we have been adopted
             os._exit(1)
+        lock_list.sign(stage)
     try:
         code = main(sys.argv[1:])
     except UserError as error:
@@ -41,6 +42,8 @@ def enter(stage: str, main: Callable[[list[str]], int]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
+    if "DVC_STAGE" in os.environ:
+        lock_list.withdraw()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # without taking MLflow's thousands of modules apart, which costs half a second
@@ -103,7 +106,7 @@ def run(
         UserError: there is no such command.
 
     """
-    began = time.monotonic()
+    began, parent = time.monotonic(), os.getppid()
     with _signals() as (received, forward_to):
         child = _start(command, environment)
         forward_to.append(child)
@@ -112,6 +115,8 @@ def run(
             with suppress(subprocess.TimeoutExpired):
                 code = child.wait(LOOK_S)  # first, so that a command which refuses at once is not kept waiting
                 break
+            if os.getppid() != parent:
+                lock_list.withdraw()  # dvc is dead; whoever comes next shall wait for us instead of being refused
             meanwhile()
         seconds = time.monotonic() - began
         words.join(JOIN_S)  # a grandchild that lives on would keep the pipe open

@@ -234,13 +234,15 @@ def test_a_second_repro_says_who_is_there_first(workspace: Path, tmp_path: Path)
     assert refused.returncode != 0
     assert f"(PID {first.pid}): " in refused.stderr
     assert "dvc repro train" in refused.stderr
+    assert f"stage train of PID {first.pid}, on {socket.gethostname()} since " in refused.stderr
     named = subprocess.run(
         [sys.executable, "-m", "stages.mend"], cwd=workspace, text=True, capture_output=True, check=True
     )
     assert (
         f"dvc repro train, PID {first.pid} on {socket.gethostname()} since " in named.stdout
     )  # by `make repro` before it
-    tree = first.children(recursive=True)
+    (wrapper,) = first.children()
+    tree = wrapper.children(recursive=True)
     for process in tree:
         process.suspend()
     kill([first])
@@ -255,7 +257,7 @@ def test_a_second_repro_says_who_is_there_first(workspace: Path, tmp_path: Path)
         process.resume()  # they find their order to end, which came with dvc's death
     assert second.wait(QUEUE_S) == 0, said(workspace).read_text()
     assert "continuing after step" in said(workspace).read_text()
-    assert not [process for process in tree if process.is_running()]
+    assert not [process for process in (wrapper, *tree) if process.is_running()]
 
 
 @pytest.mark.proof

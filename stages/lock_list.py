@@ -1,0 +1,124 @@
+"""dvc's list of who uses what, `.dvc/tmp/rwlock`: read, mended, and signed with where and since when.
+
+dvc refuses a second command on the same files with a line for each entry of the list that stands in its way: PID and
+command. A stage therefore adds an entry of its own, within what dvc has locked for it, whose "command" says the rest.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gpt.errors import UserError
+from gpt.files import write_json
+
+RWLOCK = Path(".dvc/tmp/rwlock")
+GUARD = Path(".dvc/tmp/rwlock.lock")  # whoever changes the list holds it, for milliseconds
+GUARD_S = 1
+
+
+def mend() -> bool:
+    """Delete the list if it cannot be read and nobody is writing it; returns whether it was deleted.
+
+    dvc writes it in place. A SIGKILL in that moment leaves half a file, and every dvc after it refuses to work. The
+    list holds nothing but the locks of running commands, so that without it nothing is lost.
+    """
+    with suppress(OSError), GUARD.open("rb") as guard:  # no dvc has been here, or one is writing now
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            json.loads(RWLOCK.read_text(encoding="utf-8"))
+        except ValueError:
+            RWLOCK.unlink()
+            return True
+    return False
+
+
+def at_work() -> list[str]:
+    """One line for each living dvc that holds a lock."""
+    with suppress(OSError, ValueError):
+        held = json.loads(RWLOCK.read_text(encoding="utf-8"))
+        users = [*held.get("write", {}).values(), *(user for users in held.get("read", {}).values() for user in users)]
+        return [line for pid in sorted({int(user["pid"]) for user in users}) if (line := _of_process(pid))]
+    return []
+
+
+def sign(stage: str) -> None:
+    """Say in the list that this process is that stage of its parent, on which host, since when.
+
+    After a SIGKILL the entry stays; dvc throws those of the dead away when it meets them.
+    """
+    parent = os.getppid()
+
+    def add(held: dict[str, Any]) -> None:
+        since = _since(psutil.Process(parent))
+        where = f"stage {stage} of PID {parent}, on {socket.gethostname()} since {since}"
+        entry = {"pid": os.getpid(), "cmd": where}
+        for path in [path for path, user in held["write"].items() if user["pid"] == parent]:
+            held["write"][f"{path}/{stage}"] = entry  # one entry a path: a path within it is as good
+        for users in held["read"].values():
+            if parent in {user["pid"] for user in users}:
+                users.append(entry)
+
+    _change(add)
+
+
+def withdraw() -> None:
+    """Take this process's entry away."""
+
+    def remove(held: dict[str, Any]) -> None:
+        own = os.getpid()
+        held["write"] = {path: user for path, user in held["write"].items() if user["pid"] != own}
+        for users in held["read"].values():
+            users[:] = [user for user in users if user["pid"] != own]
+
+    _change(remove)
+
+
+def _change(edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the list; where that fails a person reads a line less, which must not end a stage."""
+    with (
+        suppress(OSError, ValueError, LookupError, TypeError, AttributeError, UserError, psutil.Error),
+        GUARD.open("rb") as guard,
+    ):
+        _hold(guard.fileno())
+        text = RWLOCK.read_text(encoding="utf-8")
+        held = json.loads(text)
+        edit(held)
+        if held != json.loads(text):
+            write_json(RWLOCK, held)
+
+
+def _hold(guard: int) -> None:
+    """Lock the list; not for ever, since a dvc that was stopped in that moment would stop the stage as well."""
+    until = time.monotonic() + GUARD_S
+    while True:
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _of_process(pid: int) -> str:
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        names = [Path(word).name for word in process.cmdline()]
+        if "dvc" in names[:3]:  # dvc, python dvc, python -m dvc
+            who = f"{' '.join(names[names.index('dvc') :])}, PID {pid}"
+            return f"at work here: {who} on {socket.gethostname()} since {_since(process)}; wait for its end"
+    return ""
+
+
+def _since(process: psutil.Process) -> str:
+    return f"{datetime.fromtimestamp(process.create_time()):%Y-%m-%d %H:%M:%S}"

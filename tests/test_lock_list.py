@@ -1,0 +1,164 @@
+"""dvc's list of who uses what: mended after a SIGKILL, and signed by the stages with where and since when."""
+
+import fcntl
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stages.lock_list import GUARD, RWLOCK, at_work, mend, sign, withdraw
+from tests.conftest import environment
+from tests.pipeline import dvc, wait_for
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DVC repository whose list of locks was cut off."""
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    dvc(tmp_path, "init", "--quiet")
+    (tmp_path / "dvc.yaml").write_text("stages: {one: {cmd: touch out, outs: [out]}}\n")
+    dvc(tmp_path, "repro")
+    assert not mend()
+    RWLOCK.write_text('{"read": {')
+    return tmp_path
+
+
+def test_dvc_works_again(workspace: Path) -> None:
+    refused = subprocess.run(["dvc", "repro", "-f"], text=True, capture_output=True, check=False)
+    assert "Unable to read RWLock-file" in refused.stderr
+    assert mend()
+    assert not mend()
+    dvc(workspace, "repro", "-f")
+
+
+def test_a_list_that_is_being_written_stays(workspace: Path) -> None:
+    with GUARD.open("rb") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        assert not mend()
+    assert RWLOCK.exists()
+
+
+@contextmanager
+def at_work_here(workspace: Path, command: str) -> Iterator["subprocess.Popen[str]"]:
+    """A dvc whose only stage has begun; afterwards nothing of it is left."""
+    RWLOCK.write_text("{}")
+    (workspace / "source").touch()
+    (workspace / "dvc.yaml").write_text(
+        "stages: {before: {cmd: cp source between, deps: [source], outs: [between]}, "
+        f"one: {{cmd: '{command}', deps: [between], outs: [out]}}}}\n"
+    )
+    first = subprocess.Popen(
+        ["dvc", "repro"], env=environment(), start_new_session=True, text=True, stderr=subprocess.PIPE
+    )
+    try:
+        wait_for((workspace / "begun").exists)
+        yield first
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+
+
+def test_whoever_is_at_work_is_named_with_host_and_time(workspace: Path) -> None:
+    """By `make repro`, whatever the stage is."""
+    with at_work_here(workspace, "touch begun && sleep 60") as first:
+        (line,) = at_work()
+        found = re.fullmatch(r"at work here: dvc repro, PID (\d+) on (\S+) since (\S+ \S+); wait for its end", line)
+        assert found
+        assert (int(found[1]), found[2]) == (first.pid, socket.gethostname())
+        assert abs(datetime.fromisoformat(found[3]).timestamp() - time.time()) < 60
+    assert at_work() == []
+
+
+STAGE = '''
+import sys
+from pathlib import Path
+from stages import launch
+WAITS = """
+import signal, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as a step that takes long
+Path("begun").touch()
+while not Path("go").exists():
+    time.sleep(0.05)
+Path("out").touch()
+"""
+launch.enter("one", lambda _: launch.run([sys.executable, "-c", WAITS], stage="one", about="", log_file=Path("log")))
+'''
+
+
+@contextmanager
+def our_stage(workspace: Path) -> Iterator[tuple["subprocess.Popen[str]", psutil.Process]]:
+    """A dvc with a stage of ours at work, and that stage's process."""
+    (workspace / "stage.py").write_text(STAGE)
+    with at_work_here(workspace, f"{sys.executable} stage.py") as first:
+        (stage,) = psutil.Process(first.pid).children()
+        yield first, stage
+
+
+def second_repro(*more: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["dvc", "repro", *more], env=environment(), text=True, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("options", [[], ["--single-item", "one"]], ids=["reads", "writes"])
+def test_beside_a_stage_of_ours_dvc_itself_names_host_and_time(workspace: Path, options: list[str]) -> None:
+    """Whether it meets what the stage reads or what it writes; afterwards nothing of that is left in dvc's list."""
+    with our_stage(workspace) as (first, stage):
+        refused = second_repro(*options)
+        assert refused.returncode != 0
+        assert f"  (PID {first.pid}): " in refused.stderr
+        where = rf"  \(PID {stage.pid}\): stage one of PID {first.pid}, on (\S+) since (\S+ \S+)"
+        found = re.search(where, refused.stderr)
+        assert found, refused.stderr
+        assert found[1] == socket.gethostname()
+        assert abs(datetime.fromisoformat(found[2]).timestamp() - time.time()) < 60
+        (workspace / "go").touch()
+        assert first.wait(30) == 0
+        assert "one" not in RWLOCK.read_text()
+    assert "didn't change" in second_repro().stdout
+
+
+def test_a_stage_that_hangs_after_its_dvc_died_is_named_too(workspace: Path) -> None:
+    with our_stage(workspace) as (first, stage):
+        stage.suspend()
+        first.kill()
+        first.wait()
+        who = f"(PID {stage.pid}): stage one of PID {first.pid}, on {socket.gethostname()} since "
+        assert who in second_repro().stderr
+        stage.kill()
+        stage.wait()
+        (workspace / "go").touch()
+        again = second_repro()
+        assert again.returncode == 0, again.stderr
+        assert "Auto removed it from the lock file" in again.stderr
+
+
+def test_a_stage_whose_dvc_died_steps_back_at_once(workspace: Path) -> None:
+    """Whoever comes next then waits for it, in words of ours, instead of being refused."""
+    with our_stage(workspace) as (first, stage):
+        first.kill()
+        wait_for(lambda: str(stage.pid) not in RWLOCK.read_text(), seconds=5)
+        assert stage.is_running()
+
+
+def test_a_list_that_nobody_can_change_stops_no_stage(workspace: Path) -> None:
+    RWLOCK.write_text("[]")
+    sign("one")
+    withdraw()
+    assert RWLOCK.read_text() == "[]"
+    with GUARD.open("rb") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        sign("one")
+    GUARD.unlink()
+    sign("one")

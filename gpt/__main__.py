@@ -70,7 +70,9 @@ def _not_called() -> None:
 
 def _refuse(called: str, message: str, code: int) -> int:
     one_line = " ".join(message.split())
-    print(f"gpt {called}: {one_line}" if called else f"gpt: {one_line}", file=sys.stderr, flush=True)
+    who = f"gpt {called}" if called else "gpt"
+    sys.stderr.write(f"{who}: {one_line}\n")  # at once, so that the words of two ranks do not mix
+    sys.stderr.flush()
     return code
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +225,18 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
         tmp_path / "metrics",
         tmp_path / "plots",
     }
+
+
+def test_the_line_of_a_mistake_is_written_at_once(tmp_path: Path) -> None:
+    """Several ranks write into one pipe: in pieces, their lines would mix. Here a read returns what one write wrote."""
+    reading, writing = os.pipe2(os.O_DIRECT)
+    line = [sys.executable, "-m", "gpt", "download", "--params", "none.yaml", "--out", "x"]
+    subprocess.run(line, cwd=tmp_path, env=environment(PYTHONUNBUFFERED="1"), stderr=writing, check=False)
+    os.close(writing)
+    said = os.read(reading, 4096)
+    os.close(reading)
+    assert said.startswith(b"gpt download: none.yaml")
+    assert said.endswith(b"\n")
 
 
 def test_a_checkpoint_of_another_text_is_refused(gpt: RunGpt, trained: Path, tmp_path: Path) -> None:

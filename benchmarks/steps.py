@@ -10,12 +10,13 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.races import DEFAULT, QUICK, REFERENCE, ROOT
@@ -23,6 +24,7 @@ from gpt.device import choose_device
 from gpt.distributed import Group, joined
 from gpt.ladder import make_model
 from gpt.model_params import ModelParams
+from gpt.pairs import Pair
 from gpt.params import read_section
 from gpt.token_files import TokenData, load_tokens
 from gpt.training import Trainer, TrainParams
@@ -35,7 +37,7 @@ PARTS = {  # names of operations by what they are for
     "attention": ("scaled_dot_product",),
     "normalisation": ("layer_norm",),
     "AdamW": ("adamw",),
-    "exchange between processes": ("gloo", "c10d::allreduce"),
+    "exchange between processes, waiting included": ("exchange",),
 }
 
 
@@ -48,7 +50,8 @@ def main(
     """Measure and print one line a recipe, then where the time of the default's step goes."""
     device = choose_device("cpu", "device")
     data = load_tokens(tokens)
-    with joined(device, timeout_s=120) as group:
+    with joined(device, timeout_s=120) as joined_group:
+        group = replace(joined_group, pairs=[Seen(pair) for pair in joined_group.pairs])
         trainers = {recipe: trainer(recipe, data, group) for recipe in (REFERENCE, QUICK, DEFAULT)}
         if compiled:
             trainers[f"{DEFAULT}, compiled"] = trainer(DEFAULT, data, group, "train.compile=true")
@@ -73,6 +76,22 @@ def main(
         shares = where_time_goes(trainers[DEFAULT], steps)
         if group.first:
             print(f"{DEFAULT}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+
+
+class Seen:
+    """A pair whose exchanges the profiler sees."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """See `Pair`."""
+        with record_function("exchange"):
+            self._pair.add(tensor)
+
+    def close(self) -> None:
+        """See `Pair`."""
+        self._pair.close()
 
 
 def trainer(recipe: str, data: TokenData, group: Group, *changes: str) -> Trainer:

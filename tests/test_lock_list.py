@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,20 +22,28 @@ from tests.conftest import environment
 from tests.pipeline import dvc, wait_for
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DVC repository in which a stage has run."""
+    folder = tmp_path_factory.mktemp("repository")
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    dvc(folder, "init", "--quiet")
+    (folder / "dvc.yaml").write_text("stages: {one: {cmd: touch out, outs: [out]}}\n")
+    dvc(folder, "repro")
+    return folder
+
+
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A DVC repository whose list of locks was cut off."""
-    monkeypatch.chdir(tmp_path)
-    subprocess.run(["git", "init", "--quiet"], check=True)
-    dvc(tmp_path, "init", "--quiet")
-    (tmp_path / "dvc.yaml").write_text("stages: {one: {cmd: touch out, outs: [out]}}\n")
-    dvc(tmp_path, "repro")
-    assert not mend()
-    RWLOCK.write_text('{"read": {')
-    return tmp_path
+def workspace(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, in a folder of its own."""
+    shutil.copytree(repository, tmp_path / "workspace")
+    monkeypatch.chdir(tmp_path / "workspace")
+    return tmp_path / "workspace"
 
 
 def test_dvc_works_again(workspace: Path) -> None:
+    assert not mend()
+    RWLOCK.write_text('{"read": {')
     refused = subprocess.run(["dvc", "repro", "-f"], text=True, capture_output=True, check=False)
     assert "Unable to read RWLock-file" in refused.stderr
     assert mend()
@@ -42,7 +51,9 @@ def test_dvc_works_again(workspace: Path) -> None:
     dvc(workspace, "repro", "-f")
 
 
-def test_a_list_that_is_being_written_stays(workspace: Path) -> None:
+@pytest.mark.usefixtures("workspace")
+def test_a_list_that_is_being_written_stays() -> None:
+    RWLOCK.write_text("{")
     with GUARD.open("rb") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         assert not mend()
@@ -51,8 +62,7 @@ def test_a_list_that_is_being_written_stays(workspace: Path) -> None:
 
 @contextmanager
 def at_work_here(workspace: Path, command: str) -> Iterator["subprocess.Popen[str]"]:
-    """A dvc whose only stage has begun; afterwards nothing of it is left."""
-    RWLOCK.write_text("{}")
+    """A dvc whose second stage has begun; afterwards nothing of it is left."""
     (workspace / "source").touch()
     (workspace / "dvc.yaml").write_text(
         "stages: {before: {cmd: cp source between, deps: [source], outs: [between]}, "
@@ -111,9 +121,13 @@ def second_repro(*more: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["dvc", "repro", *more], env=environment(), text=True, capture_output=True, check=False)
 
 
-@pytest.mark.parametrize("options", [[], ["--single-item", "one"]], ids=["reads", "writes"])
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["--single-item", "one"], marks=pytest.mark.proof)],
+    ids=["what it reads", "what it writes"],
+)
 def test_beside_a_stage_of_ours_dvc_itself_names_host_and_time(workspace: Path, options: list[str]) -> None:
-    """Whether it meets what the stage reads or what it writes; afterwards nothing of that is left in dvc's list."""
+    """Whichever the second meets; afterwards nothing of that is left in dvc's list."""
     with our_stage(workspace) as (first, stage):
         refused = second_repro(*options)
         assert refused.returncode != 0
@@ -129,6 +143,7 @@ def test_beside_a_stage_of_ours_dvc_itself_names_host_and_time(workspace: Path, 
     assert "didn't change" in second_repro().stdout
 
 
+@pytest.mark.proof
 def test_a_stage_that_hangs_after_its_dvc_died_is_named_too(workspace: Path) -> None:
     with our_stage(workspace) as (first, stage):
         stage.suspend()
@@ -152,7 +167,8 @@ def test_a_stage_whose_dvc_died_steps_back_at_once(workspace: Path) -> None:
         assert stage.is_running()
 
 
-def test_a_list_that_nobody_can_change_stops_no_stage(workspace: Path) -> None:
+@pytest.mark.usefixtures("workspace")
+def test_a_list_that_nobody_can_change_stops_no_stage() -> None:
     RWLOCK.write_text("[]")
     sign("one")
     withdraw()

@@ -37,6 +37,14 @@ CHANGES = {
     "ALiBi": ("model.position=alibi",),
     "SwiGLU": ("model.activation=swiglu",),
     "RMSNorm": ("model.norm=rms",),
+    "width 128": ("model.n_embd=128",),
+    "256 tokens of context, half the sequences": ("model.block_size=256", "train.batch_size=8"),
+    "n-gram tables of 65,536 rows": ("model.ngram_rows=65536",),
+    "n-gram tables as wide as the model": ("model.ngram_width=160",),
+    "Muon's rate 0.02": ("train.muon_learning_rate=0.02",),
+    "weight decay 0.3": ("train.weight_decay=0.3",),
+    "dropout 0.05": ("model.dropout=0.05",),
+    "dropout 0.1, weight decay 0.3": ("model.dropout=0.1", "train.weight_decay=0.3"),
 }
 
 
@@ -44,11 +52,12 @@ def main(
     steps: int = 150,
     seeds: int = 3,
     tokens: Annotated[Path, typer.Option(help="Folder that the command tokenize wrote.")] = ROOT / "data" / "tokens",
-    only: Annotated[str, typer.Option(help="Part of the names of the changes to try.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Part of the names of the changes to try; repeatable.")] = None,
 ) -> None:
     """Train and print a markdown table: the mean loss, its spread, and how far it is from the recipe as it is."""
     short = [f"train.max_steps={steps}", f"train.eval_interval={steps}"]
-    chosen = {name: changes for name, changes in CHANGES.items() if only in name or not changes}
+    parts = only or [""]
+    chosen = {name: changes for name, changes in CHANGES.items() if not changes or any(part in name for part in parts)}
     with ThreadPoolExecutor(2) as pool:
         losses = {
             name: [

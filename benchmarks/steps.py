@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -24,11 +25,12 @@ from gpt.device import choose_device
 from gpt.distributed import Group, joined
 from gpt.ladder import make_model
 from gpt.model_params import ModelParams
-from gpt.pairs import Pair
+from gpt.pairs import NetworkPair, Pair
 from gpt.params import read_section
 from gpt.token_files import TokenData, load_tokens
 from gpt.training import Trainer, TrainParams
 
+TIMEOUT = timedelta(seconds=120)
 WARM_UP = 3  # turns that do not count
 PEAK_SIZE, PEAK_TIMES = 1024, 10
 PARTS = {  # names of operations by what they are for
@@ -46,15 +48,23 @@ def main(
     turns: int = 10,
     steps: Annotated[int, typer.Option(help="Steps a turn.")] = 5,
     compiled: Annotated[bool, typer.Option(help="The default also with train.compile; needs a C++ compiler.")] = False,
+    network: Annotated[
+        bool, typer.Option(help="All also with the exchange over the network, as between machines.")
+    ] = False,
 ) -> None:
     """Measure and print one line a recipe, then where the time of the default's step goes."""
     device = choose_device("cpu", "device")
     data = load_tokens(tokens)
-    with joined(device, timeout_s=120) as joined_group:
+    with joined(device, timeout_s=TIMEOUT.seconds) as joined_group:
         group = replace(joined_group, pairs=[Seen(pair) for pair in joined_group.pairs])
         trainers = {recipe: trainer(recipe, data, group) for recipe in (REFERENCE, QUICK, DEFAULT)}
         if compiled:
             trainers[f"{DEFAULT}, compiled"] = trainer(DEFAULT, data, group, "train.compile=true")
+        if network:
+            far = replace(group, pairs=over_the_network(group))
+            trainers |= {
+                f"{recipe}, over the network": trainer(recipe, data, far) for recipe in (REFERENCE, QUICK, DEFAULT)
+            }
         times: dict[str, list[float]] = {recipe: [] for recipe in trainers}
         peaks: dict[str, list[float]] = {"float32": [], "bfloat16": []}
         for _ in range(WARM_UP + turns):
@@ -92,6 +102,12 @@ class Seen:
     def close(self) -> None:
         """See `Pair`."""
         self._pair.close()
+
+
+def over_the_network(group: Group) -> list[Pair]:
+    """The pairs of this rank, as if each rank had a machine of its own."""
+    distances = [1 << level for level in range(group.size.bit_length() - 1)]
+    return [NetworkPair(sorted((group.rank, group.rank ^ distance)), TIMEOUT) for distance in distances]
 
 
 def trainer(recipe: str, data: TokenData, group: Group, *changes: str) -> Trainer:

@@ -1,4 +1,4 @@
-"""dvc's list of who uses what, `.dvc/tmp/rwlock`: read, mended, and signed with where and since when.
+"""dvc's list of who uses what, `.dvc/tmp/rwlock`: read, and signed with where and since when.
 
 dvc refuses a second command on the same files with a line for each entry of the list that stands in its way: PID and
 command. A stage therefore adds an entry of its own, within what dvc has locked for it, whose "command" says the rest.
@@ -23,22 +23,6 @@ from gpt.files import write_json
 RWLOCK = Path(".dvc/tmp/rwlock")
 GUARD = Path(".dvc/tmp/rwlock.lock")  # whoever changes the list holds it, for milliseconds
 GUARD_S = 1
-
-
-def mend() -> bool:
-    """Delete the list if it cannot be read and nobody is writing it; returns whether it was deleted.
-
-    dvc writes it in place. A SIGKILL in that moment leaves half a file, and every dvc after it refuses to work. The
-    list holds nothing but the locks of running commands, so that without it nothing is lost.
-    """
-    with suppress(OSError), GUARD.open("rb") as guard:  # no dvc has been here, or one is writing now
-        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            json.loads(RWLOCK.read_text(encoding="utf-8"))
-        except ValueError:
-            RWLOCK.unlink()
-            return True
-    return False
 
 
 def at_work() -> list[str]:

@@ -17,7 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages.lock_list import GUARD, RWLOCK, at_work, mend, sign, withdraw
+from stages.lock_list import GUARD, RWLOCK, at_work, sign, withdraw
+from stages.mend import RUN_CACHE, mend_lock_list, mend_run_cache
 from tests.conftest import environment
 from tests.pipeline import dvc, wait_for
 
@@ -28,7 +29,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
     dvc(folder, "init", "--quiet")
-    (folder / "dvc.yaml").write_text("stages: {one: {cmd: touch out, outs: [out]}}\n")
+    (folder / "source").touch()
+    (folder / "dvc.yaml").write_text("stages: {one: {cmd: cp source out, deps: [source], outs: [out]}}\n")
     dvc(folder, "repro")
     return folder
 
@@ -41,14 +43,17 @@ def workspace(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return tmp_path / "workspace"
 
 
-def test_dvc_works_again(workspace: Path) -> None:
-    assert not mend()
+def repro(*more: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["dvc", "repro", *more], env=environment(), text=True, capture_output=True, check=False)
+
+
+def test_a_list_that_was_cut_is_taken_away(workspace: Path) -> None:
+    assert not mend_lock_list()
     RWLOCK.write_text('{"read": {')
-    refused = subprocess.run(["dvc", "repro", "-f"], text=True, capture_output=True, check=False)
-    assert "Unable to read RWLock-file" in refused.stderr
-    assert mend()
-    assert not mend()
-    dvc(workspace, "repro", "-f")
+    assert "Unable to read RWLock-file" in repro("-f").stderr
+    assert mend_lock_list() == [RWLOCK]
+    assert not mend_lock_list()
+    assert repro("-f").returncode == 0
 
 
 @pytest.mark.usefixtures("workspace")
@@ -56,14 +61,26 @@ def test_a_list_that_is_being_written_stays() -> None:
     RWLOCK.write_text("{")
     with GUARD.open("rb") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        assert not mend()
+        assert not mend_lock_list()
     assert RWLOCK.exists()
+
+
+def test_a_note_of_a_result_that_was_not_written_is_taken_away(workspace: Path) -> None:
+    """As dvc leaves it when it is killed after the training."""
+    assert repro("-f").returncode == 0
+    assert not mend_run_cache()
+    (note,) = RUN_CACHE.glob("*/*/*")
+    note.unlink()
+    (workspace / "dvc.lock").unlink()
+    assert "join() argument must be str" in repro().stderr
+    assert mend_run_cache() == [note.parent]
+    assert repro().returncode == 0
+    assert note.exists()
 
 
 @contextmanager
 def at_work_here(workspace: Path, command: str) -> Iterator["subprocess.Popen[str]"]:
     """A dvc whose second stage has begun; afterwards nothing of it is left."""
-    (workspace / "source").touch()
     (workspace / "dvc.yaml").write_text(
         "stages: {before: {cmd: cp source between, deps: [source], outs: [between]}, "
         f"one: {{cmd: '{command}', deps: [between], outs: [out]}}}}\n"
@@ -117,10 +134,6 @@ def our_stage(workspace: Path) -> Iterator[tuple["subprocess.Popen[str]", psutil
         yield first, stage
 
 
-def second_repro(*more: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["dvc", "repro", *more], env=environment(), text=True, capture_output=True, check=False)
-
-
 @pytest.mark.parametrize(
     "options",
     [[], pytest.param(["--single-item", "one"], marks=pytest.mark.proof)],
@@ -129,7 +142,7 @@ def second_repro(*more: str) -> "subprocess.CompletedProcess[str]":
 def test_beside_a_stage_of_ours_dvc_itself_names_host_and_time(workspace: Path, options: list[str]) -> None:
     """Whichever the second meets; afterwards nothing of that is left in dvc's list."""
     with our_stage(workspace) as (first, stage):
-        refused = second_repro(*options)
+        refused = repro(*options)
         assert refused.returncode != 0
         assert f"  (PID {first.pid}): " in refused.stderr
         where = rf"  \(PID {stage.pid}\): stage one of PID {first.pid}, on (\S+) since (\S+ \S+)"
@@ -140,7 +153,7 @@ def test_beside_a_stage_of_ours_dvc_itself_names_host_and_time(workspace: Path, 
         (workspace / "go").touch()
         assert first.wait(30) == 0
         assert "one" not in RWLOCK.read_text()
-    assert "didn't change" in second_repro().stdout
+    assert "didn't change" in repro().stdout
 
 
 @pytest.mark.proof
@@ -150,11 +163,11 @@ def test_a_stage_that_hangs_after_its_dvc_died_is_named_too(workspace: Path) -> 
         first.kill()
         first.wait()
         who = f"(PID {stage.pid}): stage one of PID {first.pid}, on {socket.gethostname()} since "
-        assert who in second_repro().stderr
+        assert who in repro().stderr
         stage.kill()
         stage.wait()
         (workspace / "go").touch()
-        again = second_repro()
+        again = repro()
         assert again.returncode == 0, again.stderr
         assert "Auto removed it from the lock file" in again.stderr
 

@@ -208,7 +208,7 @@ FILE_OPERATIONS = 47  # of the short run below
 
 @pytest.mark.parametrize(
     "moments",
-    [range(3, FILE_OPERATIONS, 7), pytest.param(range(FILE_OPERATIONS), marks=pytest.mark.proof)],
+    [range(3, FILE_OPERATIONS, 9), pytest.param(range(FILE_OPERATIONS), marks=pytest.mark.proof)],
     ids=["some", "all"],
 )
 def test_killed_before_any_file_operation_it_ends_with_the_same_bytes(

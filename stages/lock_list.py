@@ -37,12 +37,14 @@ def at_work() -> list[str]:
 def sign(stage: str) -> None:
     """Say in the list that this process is that stage of its parent, on which host, since when.
 
-    After a SIGKILL the entry stays; dvc throws those of the dead away when it meets them.
+    After a SIGKILL the entry stays, like dvc's own. Those of the dead are thrown away here: dvc does so only with what
+    stands in its way, and the longer the list, the longer the moment in which a SIGKILL of dvc cuts it (`stages.mend`).
     """
     parent = os.getppid()
 
     def add(held: dict[str, Any]) -> None:
         since = _since(psutil.Process(parent))
+        _keep(held, psutil.pid_exists)
         where = f"stage {stage} of PID {parent}, on {socket.gethostname()} since {since}"
         entry = {"pid": os.getpid(), "cmd": where}
         for path in [path for path, user in held["write"].items() if user["pid"] == parent]:
@@ -56,14 +58,14 @@ def sign(stage: str) -> None:
 
 def withdraw() -> None:
     """Take this process's entry away."""
+    own = os.getpid()
+    _change(lambda held: _keep(held, lambda pid: pid != own))
 
-    def remove(held: dict[str, Any]) -> None:
-        own = os.getpid()
-        held["write"] = {path: user for path, user in held["write"].items() if user["pid"] != own}
-        for users in held["read"].values():
-            users[:] = [user for user in users if user["pid"] != own]
 
-    _change(remove)
+def _keep(held: dict[str, Any], stays: Callable[[int], bool]) -> None:
+    held["write"] = {path: user for path, user in held["write"].items() if stays(user["pid"])}
+    remaining = {path: [user for user in users if stays(user["pid"])] for path, users in held["read"].items()}
+    held["read"] = {path: users for path, users in remaining.items() if users}
 
 
 def _change(edit: Callable[[dict[str, Any]], None]) -> None:

@@ -2,7 +2,7 @@
 
 A round resets the project, kills `dvc repro` several times (each time one of: everything, dvc, the wrapper, torchrun,
 one rank), waits until no process of it is left, and lets the last attempt finish. Then every output, `dvc.lock` and
-the row in MLflow must be those of the undisturbed run.
+the row in MLflow must be those of the undisturbed run. dvc is started bare; `make repro` only where dvc cannot go on.
 """
 
 import argparse
@@ -44,16 +44,19 @@ def main() -> None:
         project, whole, seconds = prepare(Path(name))
         print(f"undisturbed: {seconds:.1f} s", flush=True)
         kills: Counter[str] = Counter()
-        resumes = equal = rounds = 0
+        resumes = equal = rounds = mended = 0
         while kills.total() < options.kills:
             rounds += 1
             processes = 1 + rounds % 2
-            killed, continued, same = one_round(project, whole, processes, options.kills_a_round, chance, seconds)
+            killed, continued, helped, same = one_round(
+                project, whole, processes, options.kills_a_round, chance, seconds
+            )
             kills += killed
             resumes += continued
+            mended += helped
             equal += same
             print(f"{kills.total()} kills, {resumes} resumes, {equal} of {rounds} endings equal", flush=True)
-        print(f"killed: {dict(kills)}")
+        print(f"killed: {dict(kills)}; endings that took `make repro`: {mended}")
     sys.exit(equal != rounds)
 
 
@@ -81,8 +84,13 @@ def prepare(folder: Path) -> tuple[Path, dict[str, bytes], float]:
 
 def one_round(
     project: Path, whole: dict[str, bytes], processes: int, kills: int, chance: random.Random, seconds: float
-) -> tuple[Counter[str], int, bool]:
-    """Reset, kill some times, finish, compare."""
+) -> tuple[Counter[str], int, bool, bool]:
+    """Reset, kill some times, finish, compare.
+
+    Returns:
+        What was killed, how often training was continued, whether dvc needed `make repro`, whether the end is equal.
+
+    """
     set_processes(project, processes)
     shutil.copy(project.parent / "dvc.lock", project / "dvc.lock")
     shutil.rmtree(project / ".dvc" / "cache" / "runs", ignore_errors=True)  # or dvc would not train again
@@ -93,7 +101,6 @@ def one_round(
     killed: Counter[str] = Counter()
     for _ in range(kills):
         target = chance.choice(TARGETS)
-        mend(project)
         running, began = repro(project, "train"), time.time()
         if chance.random() < IN_TRAINING:  # much of the rest is dvc's and torch's start
             wait(running, 4 * seconds, partial(training_since, project, began))
@@ -103,8 +110,10 @@ def one_round(
         if not kill(running, target, chance):
             break  # it came to its end before
         killed[target] += 1
-    mend(project)
     last = repro(project, "train").wait()
+    helped = last != 0 and mend(project)
+    if helped:
+        last = repro(project, "train").wait()
     log_file = project / "gpt_nano.log"
     log = log_file.read_text() if log_file.exists() else ""
     same = last == 0 and contents(project) == whole and row_is_whole(project)
@@ -114,15 +123,16 @@ def one_round(
         differing = [name for name, content in contents(project).items() if content != whole[name]]
         said = (project.parent / "said.txt").read_text()[-1000:]
         print(f"DIFFERENT: exit {last}, {differing or 'the row'}; kept in {kept}; said last: {said}")
-    return killed, log.count("continuing after step"), same
+    return killed, log.count("continuing after step"), helped, same
 
 
-def mend(project: Path) -> None:
-    """What `make repro` does first: a kill may have cut dvc's own list of locks short."""
+def mend(project: Path) -> bool:
+    """What `make repro` does first: a kill may have cut one of dvc's own notes short; returns whether it had."""
     done = subprocess.run(
         [sys.executable, "-m", "stages.mend"], cwd=project, check=True, text=True, capture_output=True
     )
     print(done.stdout, end="", flush=True)
+    return bool(done.stdout)
 
 
 def training_since(project: Path, moment: float) -> bool:

@@ -108,10 +108,14 @@ def gpt(tmp_path: Path) -> RunGpt:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment, with the project importable and its tools on PATH."""
+    """This process's environment, with the project importable and its tools on PATH.
+
+    And without SHELL, as under cron or in a container: what dvc runs commands with then is left between the two.
+    """
     tools = str(Path(sys.executable).parent)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "NO_COLOR": "1", **changes}
+    inherited = {name: value for name, value in os.environ.items() if name != "SHELL"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "PATH": path, "NO_COLOR": "1", **changes}
 
 
 def only_line(stderr: str) -> str:

@@ -66,6 +66,13 @@ def test_no_command_holds_anything_of_the_machine() -> None:
         assert " /" not in stage["cmd"]
 
 
+def test_nothing_stands_between_dvc_and_a_stage() -> None:
+    """A shell that waits there would outlive a killed dvc, and the stage with it."""
+    for name, stage in STAGES.items():
+        module = name if (ROOT / "stages" / f"{name}.py").exists() else "run"
+        assert stage["cmd"].startswith(f"exec python -m stages.{module} ")
+
+
 def test_the_lock_holds_public_versions_only() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]

@@ -108,10 +108,6 @@ def test_whoever_is_at_work_is_named_with_host_and_time(workspace: Path) -> None
     assert at_work() == []
 
 
-STAGE = '''
-import sys
-from pathlib import Path
-from stages import launch
 WAITS = """
 import signal, time
 from pathlib import Path
@@ -121,15 +117,13 @@ while not Path("go").exists():
     time.sleep(0.05)
 Path("out").touch()
 """
-launch.enter("one", lambda _: launch.run([sys.executable, "-c", WAITS], stage="one", about="", log_file=Path("log")))
-'''
 
 
 @contextmanager
 def our_stage(workspace: Path) -> Iterator[tuple["subprocess.Popen[str]", psutil.Process]]:
     """A dvc with a stage of ours at work, and that stage's process."""
-    (workspace / "stage.py").write_text(STAGE)
-    with at_work_here(workspace, f"{sys.executable} stage.py") as first:
+    (workspace / "waits.py").write_text(WAITS)
+    with at_work_here(workspace, f"exec {sys.executable} -m stages.run {sys.executable} waits.py") as first:
         (stage,) = psutil.Process(first.pid).children()
         yield first, stage
 
@@ -154,6 +148,22 @@ def test_beside_a_stage_of_ours_dvc_itself_names_host_and_time(workspace: Path, 
         assert first.wait(30) == 0
         assert "one" not in RWLOCK.read_text()
     assert "didn't change" in repro().stdout
+
+
+def test_what_the_dead_left_in_the_list_is_thrown_away(workspace: Path) -> None:
+    """As many kills leave it; a long list takes dvc long to write."""
+    with our_stage(workspace) as (first, _):
+        first.kill()
+        first.wait()
+        (workspace / "go").touch()
+        wait_for((workspace / "out").exists)
+    assert f'"pid": {first.pid},' in RWLOCK.read_text()
+    for name in ("begun", "go", "out"):
+        (workspace / name).unlink()
+    with our_stage(workspace) as (second, _):
+        held = RWLOCK.read_text()
+        assert f'"pid": {second.pid},' in held
+        assert f'"pid": {first.pid},' not in held
 
 
 @pytest.mark.proof

@@ -39,10 +39,13 @@ CHANGES = {
     "RMSNorm": ("model.norm=rms",),
     "width 128": ("model.n_embd=128",),
     "256 tokens of context, half the sequences": ("model.block_size=256", "train.batch_size=8"),
+    "n-grams up to 4": ("model.ngram=4",),
+    "n-grams up to 6": ("model.ngram=6",),
     "n-gram tables of 65,536 rows": ("model.ngram_rows=65536",),
     "n-gram tables as wide as the model": ("model.ngram_width=160",),
     "Muon's rate 0.02": ("train.muon_learning_rate=0.02",),
     "weight decay 0.3": ("train.weight_decay=0.3",),
+    "weight decay 3": ("train.weight_decay=3.0",),
     "dropout 0.05": ("model.dropout=0.05",),
     "dropout 0.1, weight decay 0.3": ("model.dropout=0.1", "train.weight_decay=0.3"),
 }

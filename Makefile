@@ -51,8 +51,9 @@ $(VENV)/bin/python:
 		{ echo "$(PYTHON): expected Python 3.11 or newer, found $$($(PYTHON) -V); name another one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/pipeline: $(VENV)/bin/python pyproject.toml requirements.lock
+$(VENV)/pipeline: $(VENV)/bin/python pyproject.toml requirements.lock stages/mend.py
 	$(INSTALL) '.[pipeline]'
+	python -m stages.mend install
 	@touch $@
 
 $(VENV)/test: $(VENV)/pipeline

@@ -69,11 +69,6 @@ class RunFolder:
             say(f"passing over {path}: it belongs to other params, tokens or code")
         return None
 
-    def drop_states(self) -> None:
-        """Delete the resume states; the history stays."""
-        for path in self._states():
-            path.unlink()
-
     def _states(self) -> list[Path]:
         return sorted(path for path in self.path.glob("resume-*.pt") if re.fullmatch(r"resume-\d{9}\.pt", path.name))
 

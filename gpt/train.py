@@ -84,11 +84,12 @@ def train(
         _continue_or_begin(trainer, folder, made_of)
         if group.first and params.precision == "bfloat16" and slow_in_bfloat16(device):
             say("this CPU has no instructions for bfloat16: float32 will be faster (-S train.precision=float32)")
-        seen = _Reporter(params.max_steps, trainer.progress.step, folder.history) if group.first else _ignore
+        to_do = trainer.progress.step < params.max_steps
+        seen = _Reporter(params.max_steps, trainer.progress.step, folder.history) if group.first and to_do else _ignore
         with _polite_signals() as asked_to_stop:
             trainer.run(folder, made_of, seen, asked_to_stop)
             if group.first:
-                _write(trainer, outputs, folder)
+                _write(trainer, outputs, folder.history)
 
 
 def command(
@@ -168,8 +169,11 @@ def _continue_or_begin(trainer: Trainer, folder: RunFolder, made_of: dict[str, A
         )
 
 
-def _write(trainer: Trainer, outputs: Outputs, folder: RunFolder) -> None:
-    """Write checkpoint, history and figures under their final names; then nothing is left to continue from."""
+def _write(trainer: Trainer, outputs: Outputs, history: History) -> None:
+    """Write checkpoint, history and figures under their final names.
+
+    The last state stays: whoever started this may be killed before it has taken the results over.
+    """
     progress, meta = trainer.progress, trainer.data.meta
     about = {
         "train": trainer.params.model_dump(),
@@ -178,9 +182,9 @@ def _write(trainer: Trainer, outputs: Outputs, folder: RunFolder) -> None:
         "val_loss": progress.best_loss,
     }
     Checkpoint(trainer.model.params, trainer.data.tokenizer, trainer.best, about).save(outputs.checkpoint)
-    folder.history.write_csv(outputs.history, outputs.validation)
+    history.write_csv(outputs.history, outputs.validation)
     assert progress.best_loss is not None  # the last step, at the latest, is an evaluation
-    train_loss = {record.step: record.train_loss for record in folder.history.records}[progress.best_step]
+    train_loss = {record.step: record.train_loss for record in history.records}[progress.best_step]
     figures = {
         "train_loss": train_loss,
         "val_loss": progress.best_loss,
@@ -188,10 +192,9 @@ def _write(trainer: Trainer, outputs: Outputs, folder: RunFolder) -> None:
         "parameters": count_parameters(trainer.model),
     }
     write_figures(outputs.metrics, figures)
-    folder.drop_states()
     steps = f"step {progress.best_step:,} of {progress.step:,}"
     say(f"validation loss {progress.best_loss:.4f} at {steps} -> {outputs.checkpoint}")
-    if found := find_overfitting(folder.history.records):
+    if found := find_overfitting(history.records):
         say(str(found))
     log.info("checkpoint SHA-256 %s", sha256_file(outputs.checkpoint))
 

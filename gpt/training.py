@@ -113,7 +113,7 @@ class Trainer:
                     folder.history.append(record)
                     seen(record)
                 began, tokens = time.monotonic(), 0
-            if (stop or step % params.save_interval == 0) and not last and self.group.first:
+            if (stop or last or step % params.save_interval == 0) and self.group.first:
                 folder.save(step, *self.state(digests))
             if stop and not last:
                 raise StoppedError(f"stopped after step {step:,} of {params.max_steps:,}; run again to continue")

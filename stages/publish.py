@@ -196,6 +196,7 @@ def follow_up(
 
     """
     root, began = record.main_workspace(), time.time()
+    record.drop_states(root)
     checkpoint = launch.option(command, "--checkpoint")
     sha256 = sha256_file(checkpoint) if checkpoint.is_file() else ""
     command = launch.with_option(command, "--log-file", root / "gpt_nano.log")

@@ -1,6 +1,7 @@
 """What a stage leaves in the run folder for MLflow, so that its row can be rebuilt from files at any time.
 
 .runs/<key>/history.jsonl      the child's
+.runs/<key>/resume-*.pt        the child's: what it continues from, until dvc has filed its result
 .runs/<key>/system.jsonl       the wrapper's: what the machine was doing
 .runs/<key>/row/train.json     a Record; also evaluate.json, generate.json and lock.json (of `stages.sync`)
 .runs/<key>/row/train/…        the small artifacts of that stage, under the names they have in MLflow
@@ -24,6 +25,7 @@ from gpt.files import canonical_json, read_json, sha256_file, write_json
 
 RUNS_KEPT = 20
 HISTORIES = ("history.jsonl", "system.jsonl")  # figures by step
+STATES = "resume-*.pt"
 STAGES = ("train", "evaluate", "generate", "lock")  # the last is not DVC's: what `stages.sync` adds
 
 
@@ -61,6 +63,26 @@ def runs(root: Path) -> list[Path]:
 def run_of_checkpoint(root: Path, sha256: str) -> Path | None:
     """The newest run folder whose training ended in the checkpoint with this SHA-256."""
     return next((run for run in runs(root) if (train := read(run, "train")) and train.checkpoint == sha256), None)
+
+
+def taken_over(run: Path, lock: str) -> bool:
+    """Whether dvc has filed what this training ended in: its lock file names the checkpoint."""
+    train = read(run, "train")
+    return bool(train and train.checkpoint_md5 and train.checkpoint_md5 in lock)
+
+
+def drop_states(root: Path) -> None:
+    """Delete the resume states of the trainings whose result dvc has filed in the dvc.lock of this folder.
+
+    Not sooner: when dvc is killed before that, it runs the stage again, which shall not train again. Not later either:
+    from then on, running it again by `dvc repro -f` is meant.
+    """
+    lock = Path("dvc.lock")
+    text = lock.read_text(encoding="utf-8") if lock.exists() else ""
+    for run in runs(root):
+        if taken_over(run, text) and (states := list(run.glob(STATES))) and not is_held(run):
+            for state in states:
+                state.unlink(missing_ok=True)
 
 
 def prune(root: Path, *, current: Path, keep: int = RUNS_KEPT) -> None:

@@ -16,6 +16,7 @@ from stages.record import Record
 def main(_arguments: list[str]) -> int:
     """Publish every run folder; returns 1 when the store failed."""
     root = record.main_workspace()
+    record.drop_states(root)
     runs = [run for run in reversed(record.runs(root)) if record.read(run, "train")]
     if not runs:
         return 0
@@ -36,8 +37,7 @@ def keep_lock(lock: Path, runs: list[Path]) -> None:
     """Keep dvc.lock with the run that made the checkpoint which it names, the newest of several."""
     text = lock.read_text(encoding="utf-8") if lock.exists() else ""
     for run in reversed(runs):
-        train = record.read(run, "train")
-        if train and train.checkpoint_md5 and train.checkpoint_md5 in text:
+        if record.taken_over(run, text):
             kept = run / "row" / "lock" / lock.name
             if not kept.exists() or kept.read_text(encoding="utf-8") != text:
                 now = time.time()

@@ -36,6 +36,7 @@ def main(command: list[str]) -> int:
 
     """
     root, began = record.main_workspace(), time.time()
+    record.drop_states(root)
     params_file, changes = launch.option(command, "--params"), launch.options(command, "--set", "-S")
     params = read_params(params_file, changes)
     wished = check_section(params_file, "launch", LaunchParams, params)

@@ -1,4 +1,4 @@
-"""dvc's list of who uses what: mended after a SIGKILL, and signed by the stages with where and since when."""
+"""dvc's list of who uses what, signed by the stages with where and since when."""
 
 import fcntl
 import os
@@ -18,7 +18,6 @@ import psutil
 import pytest
 
 from stages.lock_list import GUARD, RWLOCK, at_work, sign, withdraw
-from stages.mend import RUN_CACHE, mend_lock_list, mend_run_cache
 from tests.conftest import environment
 from tests.pipeline import dvc, wait_for
 
@@ -45,37 +44,6 @@ def workspace(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def repro(*more: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["dvc", "repro", *more], env=environment(), text=True, capture_output=True, check=False)
-
-
-def test_a_list_that_was_cut_is_taken_away(workspace: Path) -> None:
-    assert not mend_lock_list()
-    RWLOCK.write_text('{"read": {')
-    assert "Unable to read RWLock-file" in repro("-f").stderr
-    assert mend_lock_list() == [RWLOCK]
-    assert not mend_lock_list()
-    assert repro("-f").returncode == 0
-
-
-@pytest.mark.usefixtures("workspace")
-def test_a_list_that_is_being_written_stays() -> None:
-    RWLOCK.write_text("{")
-    with GUARD.open("rb") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        assert not mend_lock_list()
-    assert RWLOCK.exists()
-
-
-def test_a_note_of_a_result_that_was_not_written_is_taken_away(workspace: Path) -> None:
-    """As dvc leaves it when it is killed after the training."""
-    assert repro("-f").returncode == 0
-    assert not mend_run_cache()
-    (note,) = RUN_CACHE.glob("*/*/*")
-    note.unlink()
-    (workspace / "dvc.lock").unlink()
-    assert "join() argument must be str" in repro().stderr
-    assert mend_run_cache() == [note.parent]
-    assert repro().returncode == 0
-    assert note.exists()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from gpt.files import sha256_file
-from tests.conftest import environment
+from tests.conftest import ROOT, environment
 from tests.pipeline import OUTPUTS, artifacts, clone, contents, dvc, rows, set_processes
 
 
@@ -33,6 +34,8 @@ def test_everything_is_made_and_nothing_else(project: Path) -> None:
     assert changed <= {"dvc.lock", "params.yaml", "metrics/", "plots/"} | {
         n for n in OUTPUTS if "metrics" in n or "plots" in n
     }
+    assert list(project.glob(".runs/*/history.jsonl"))
+    assert list(project.glob(".runs/*/resume-*")) == []
 
 
 def test_a_second_run_does_nothing(project: Path) -> None:
@@ -100,6 +103,29 @@ def test_an_experiment_is_a_second_row(project: Path) -> None:
     assert by_name["faster"].data.params["train.learning_rate"] == "0.02"
     table = dvc(project, "exp", "show", "--csv").stdout
     assert "faster" in table
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    "moment", ["mkdir .*/cache/runs/../", r"+open .*/project/dvc\.lock"], ids=["before", "while filing"]
+)
+def test_dvc_killed_after_the_training_does_not_train_again(corpus: Path, tmp_path: Path, moment: str) -> None:
+    """Before it has written anything down, and while it writes dvc.lock; but `--force` does."""
+    project = clone(tmp_path / "project", corpus)
+    set_processes(project, 1)
+    dvc(project, "repro", "tokenize")
+    killed = [sys.executable, "-m", "tests.killed_dvc", moment, str(tmp_path / "log"), "repro", "train"]
+    found = subprocess.run(
+        killed, cwd=project, env=environment(PYTHONPATH=str(ROOT)), text=True, capture_output=True, check=False
+    )
+    assert found.returncode == -signal.SIGKILL
+    assert "step 40/40" in found.stdout
+    done = dvc(project, "repro", "train")
+    assert "validation loss" in done.stdout or "is cached - skipping run" in done.stdout
+    assert not re.search(r"^step \d", done.stdout, re.MULTILINE), done.stdout
+    (row,) = rows(project)
+    assert row.info.status == "FINISHED"
+    assert "step 40/40" in dvc(project, "repro", "--force", "--single-item", "train").stdout
 
 
 FAMILY = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
@@ -114,6 +115,24 @@ def test_whatever_is_missing_comes_and_nothing_else_changes(
     assert only["artifacts"]["params.yaml"] == hashlib.sha256(PARAMS.encode()).hexdigest()
     assert [step for step, _, _ in only["metrics"]["train_loss"]] == list(range(12))
     assert ["dvc.lock" in row["artifacts"] for row in whole] == [row == only for row in whole]
+
+
+def test_what_a_run_continues_from_stays_until_dvc_has_filed_its_result(kept: list[Path]) -> None:
+    states = [run / "resume-000000012.pt" for run in kept]
+    for state in states:
+        state.touch()
+    lock = Path("dvc.lock")
+    named = lock.read_text()
+    for text in ("outs: []\n", None):
+        lock.write_text(text) if text else lock.unlink()
+        record.drop_states(Path.cwd())
+        assert all(state.exists() for state in states)
+    lock.write_text(named)
+    with FileLock(kept[1] / "lock"):  # a run is under way
+        record.drop_states(Path.cwd())
+    assert [state.exists() for state in states] == [False, True]
+    sync.main([])
+    assert [state.exists() for state in states] == [False, False]
 
 
 def test_what_changed_since_is_brought_and_what_a_person_wrote_stays(

@@ -1,0 +1,219 @@
+"""What a SIGKILL of dvc leaves of its own notes: the next dvc, typed by hand, mends it and goes on."""
+
+import fcntl
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from stages import mend
+from stages.lock_list import GUARD, RWLOCK
+from stages.mend import LAST_WHOLE, LOCK_FILE, REPOSITORY_LOCK, RUN_CACHE
+from tests.conftest import ROOT, environment
+from tests.pipeline import command, dvc
+
+PIPELINE = """\
+stages:
+  one:
+    cmd: mkdir -p tokens metrics && cp source tokens/a && cp params.yaml tokens/b && cp note metrics/one.json
+    deps: [source]
+    params: [one]
+    outs: [tokens]
+    metrics:
+    - metrics/one.json: {cache: false}
+  two:
+    cmd: cp tokens/a final
+    deps: [tokens]
+    outs: [final]
+"""
+OUTPUTS = ["tokens/a", "tokens/b", "metrics/one.json", "final", "dvc.lock"]
+WITHOUT_HOOK = [sys.executable, "-c", "import sys; from dvc.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DVC repository with all that our pipeline has, in which nothing has run."""
+    folder = tmp_path_factory.mktemp("beginning")
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    dvc(folder, "init", "--quiet")
+    shutil.copy(ROOT / ".dvc" / "config", folder / ".dvc")  # else dvc leaves processes behind that call home
+    for name, text in {"source": "s", "note": "{}", "params.yaml": "one: {x: 1}\n", "dvc.yaml": PIPELINE}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(beginning: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, in which everything has run."""
+    folder = shutil.copytree(beginning, tmp_path_factory.mktemp("finished") / "project")
+    dvc(folder, "repro")
+    dvc(folder, "status")  # the first that sees the finished dvc.lock
+    return folder
+
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The finished one in a folder of its own, which is the working folder."""
+    folder = shutil.copytree(finished, tmp_path / "project")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: path.read_bytes() if (path := folder / name).exists() else b"" for name in OUTPUTS}
+
+
+def repro(program: list[str], *more: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*program, "repro", *more], env=environment(), text=True, capture_output=True, check=False)
+
+
+def cut_list() -> None:
+    RWLOCK.write_text("")
+
+
+def leave_no_result() -> None:
+    """As dvc leaves it when it is killed between a stage's end and its own note of it."""
+    LOCK_FILE.unlink()
+    for note in RUN_CACHE.glob("*/*/*"):
+        note.unlink()
+
+
+def cut_lock(end: bytes) -> Callable[[], None]:
+    def cut() -> None:
+        text = LOCK_FILE.read_bytes()
+        LOCK_FILE.write_bytes(text[: text.index(end) + len(end)])
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("damage", "refusal", "said"),
+    [
+        (cut_list, "Unable to read RWLock-file", "rwlock: a killed dvc left it half written; deleted"),
+        (leave_no_result, "join() argument must be str", ": a killed dvc left it empty; deleted"),
+        (cut_lock(b""), "'./dvc.lock' validation failed", "dvc.lock: a killed dvc left it half written; as it was"),
+        (cut_lock(b"schema: '2"), "'./dvc.lock' is invalid", "dvc.lock: a killed dvc left it half written; as it was"),
+        (cut_lock(b"  two:\n"), "validation failed", "dvc.lock: a killed dvc left it half written; as it was"),
+        (cut_lock(b"  two:\n    cmd: cp tok"), "", "dvc.lock: a killed dvc left it half written; as it was"),
+    ],
+    ids=["cut list of locks", "note of no result", "empty lock file", "its first line", "between lines", "within one"],
+)
+def test_a_dvc_typed_by_hand_mends_and_goes_on(
+    project: Path, damage: Callable[[], None], refusal: str, said: str
+) -> None:
+    """Without the hook it refuses for good; a few cuts it reads, though not what stood behind them."""
+    whole = contents(project)
+    damage()
+    if refusal:
+        refused = repro(WITHOUT_HOOK, "--force" if damage is cut_list else "two")
+        assert refused.returncode
+        assert refusal in refused.stderr + refused.stdout
+    done = repro(command())
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr
+    assert contents(project) == whole
+    again = repro(command())
+    assert again.stderr == ""
+    assert again.stdout.count("didn't change, skipping") == 2
+
+
+def test_a_cut_lock_file_of_which_nothing_is_known_is_deleted(project: Path) -> None:
+    """The hook came later than the kill; dvc finds the results in its cache."""
+    whole = contents(project)
+    LAST_WHOLE.unlink()
+    LOCK_FILE.write_bytes(LOCK_FILE.read_bytes()[:-5])
+    assert mend.mend(project) == [f"{project / LOCK_FILE}: a killed dvc left it half written; deleted"]
+    done = repro(command())
+    assert done.stdout.count("is cached - skipping run") == 2
+    assert contents(project) == whole
+
+
+def test_a_merge_with_conflicts_is_a_persons_to_solve(project: Path) -> None:
+    text = LOCK_FILE.read_text()
+    size = next(line for line in text.splitlines() if "size:" in line)
+    conflict = text.replace(size, f"<<<<<<< HEAD\n{size}\n=======\n{size}1\n>>>>>>> other")
+    LOCK_FILE.write_text(conflict)
+    refused = repro(command())
+    assert refused.returncode
+    assert LOCK_FILE.read_text() == conflict
+
+
+@pytest.mark.parametrize(("lock", "path"), [(GUARD, RWLOCK), (REPOSITORY_LOCK, LOCK_FILE)])
+def test_what_a_living_dvc_is_writing_stays(project: Path, lock: Path, path: Path) -> None:
+    path.write_text("")
+    with lock.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert mend.mend(project) == []
+        assert path.exists()
+    assert len(mend.mend(project)) == 1
+
+
+def test_a_folder_that_a_living_dvc_fills_stays(project: Path) -> None:
+    folder = project / RUN_CACHE / "ab" / "abc"
+    folder.mkdir(parents=True)
+    living = threading.Timer(mend.SETTLE_S / 2, (folder / "result").touch)
+    living.start()
+    assert mend.mend(project) == []
+    assert (folder / "result").exists()
+
+
+def test_what_the_mending_runs_into_does_not_keep_dvc_from_its_work(project: Path) -> None:
+    LAST_WHOLE.unlink()
+    LAST_WHOLE.mkdir()
+    done = repro(command())
+    assert done.returncode == 0
+    assert done.stderr.startswith("stages.mend: dvc's notes were not looked at: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_hook_is_for_dvc_alone() -> None:
+    """And costs other programs of the environment nothing."""
+    shows = "import sys; print('stages.mend' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", shows], text=True, capture_output=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("start", ["from nothing", "anew"])
+def test_dvc_killed_at_any_of_its_file_operations(beginning: Path, finished: Path, tmp_path: Path, start: str) -> None:
+    """Before each, and with the file emptied that it was about to write; two dvcs at a time."""
+    words, origin = (["repro"], beginning) if start == "from nothing" else (["repro", "--force"], finished)
+
+    def killed(moment: str) -> tuple[Path, int, list[str]]:
+        folder = shutil.copytree(origin, tmp_path / moment / "project")
+        log = folder.parent / "log"
+        code = subprocess.run(
+            [sys.executable, "-m", "tests.killed_dvc", moment, str(log), *words],
+            cwd=folder,
+            env=environment(PYTHONPATH=str(ROOT)),
+            capture_output=True,
+            check=False,
+        ).returncode
+        return folder, code, log.read_text().splitlines()
+
+    def mends(moment: str) -> str:
+        """What the next dvc does not do as an undisturbed one."""
+        folder, code, operations = killed(moment)
+        assert code == -signal.SIGKILL, operations[-1]
+        done = subprocess.run(
+            command(*words), cwd=folder, env=environment(), text=True, capture_output=True, check=False
+        )
+        same = contents(folder) == whole
+        shutil.rmtree(folder.parent)
+        return "" if done.returncode == 0 and same else f"{operations[-1]}: {done.stdout}{done.stderr}"
+
+    folder, code, operations = killed("999999")
+    assert code == 0
+    whole = contents(folder)
+    emptied = [f"+{number}" for number, line in enumerate(operations) if line.split()[1] == "open"]
+    moments = [*map(str, range(len(operations))), *emptied]
+    assert len(moments) > 100
+    with ThreadPoolExecutor(2) as both:
+        wrong = [found for found in both.map(mends, moments) if found]
+    assert wrong == []

@@ -2,10 +2,11 @@
 
 A round resets the project, kills `dvc repro` several times (each time one of: everything, dvc, the wrapper, torchrun,
 one rank), waits until no process of it is left, and lets the last attempt finish. Then every output, `dvc.lock` and
-the row in MLflow must be those of the undisturbed run. dvc is started bare; `make repro` only where dvc cannot go on.
+the row in MLflow must be those of the undisturbed run, and no attempt may have repeated a step that was saved before.
 """
 
 import argparse
+import json
 import random
 import shutil
 import subprocess
@@ -26,8 +27,8 @@ from tests.pipeline import clone, set_processes
 OUTPUTS = ["chargpt_nano.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv", "dvc.lock"]
 ORPHANS_GONE_S = 10
 STEPS = 250
-IN_TRAINING = 0.6  # share of the kills
-TRAINING_S = 5
+IN_TRAINING, AT_THE_END = 0.5, 0.25  # shares of the kills
+TRAINING_S, END_S = 5, 3
 EARLY = 0.8  # of an undisturbed run: what was continued ends sooner
 TARGETS = ("everything", "dvc", "wrapper", "torchrun", "rank")
 
@@ -44,19 +45,16 @@ def main() -> None:
         project, whole, seconds = prepare(Path(name))
         print(f"undisturbed: {seconds:.1f} s", flush=True)
         kills: Counter[str] = Counter()
-        resumes = equal = rounds = mended = 0
+        resumes = equal = rounds = 0
         while kills.total() < options.kills:
             rounds += 1
             processes = 1 + rounds % 2
-            killed, continued, helped, same = one_round(
-                project, whole, processes, options.kills_a_round, chance, seconds
-            )
+            killed, continued, same = one_round(project, whole, processes, options.kills_a_round, chance, seconds)
             kills += killed
             resumes += continued
-            mended += helped
             equal += same
             print(f"{kills.total()} kills, {resumes} resumes, {equal} of {rounds} endings equal", flush=True)
-        print(f"killed: {dict(kills)}; endings that took `make repro`: {mended}")
+        print(f"killed: {dict(kills)}")
     sys.exit(equal != rounds)
 
 
@@ -84,11 +82,11 @@ def prepare(folder: Path) -> tuple[Path, dict[str, bytes], float]:
 
 def one_round(
     project: Path, whole: dict[str, bytes], processes: int, kills: int, chance: random.Random, seconds: float
-) -> tuple[Counter[str], int, bool, bool]:
+) -> tuple[Counter[str], int, bool]:
     """Reset, kill some times, finish, compare.
 
     Returns:
-        What was killed, how often training was continued, whether dvc needed `make repro`, whether the end is equal.
+        What was killed, how often training was continued, whether the end is equal and nothing saved was repeated.
 
     """
     set_processes(project, processes)
@@ -99,45 +97,60 @@ def one_round(
     for path in [*project.glob("mlflow.db*"), *(project / name for name in OUTPUTS[:-1]), project / "gpt_nano.log"]:
         path.unlink(missing_ok=True)
     killed: Counter[str] = Counter()
+    saved: list[str] = []
+    repeated = False
     for _ in range(kills):
         target = chance.choice(TARGETS)
-        running, began = repro(project, "train"), time.time()
-        if chance.random() < IN_TRAINING:  # much of the rest is dvc's and torch's start
-            wait(running, 4 * seconds, partial(training_since, project, began))
-            wait(running, chance.random() * TRAINING_S)
-        else:
-            wait(running, chance.random() * seconds * EARLY)
+        running = repro(project, "train")
+        wait_for_a_moment(project, running, chance, seconds)
         if not kill(running, target, chance):
             break  # it came to its end before
         killed[target] += 1
+        repeated |= history(project)[: len(saved)] != saved
+        saved = max(saved, saved_history(project), key=len)
     last = repro(project, "train").wait()
-    helped = last != 0 and mend(project)
-    if helped:
-        last = repro(project, "train").wait()
+    repeated |= history(project)[: len(saved)] != saved
     log_file = project / "gpt_nano.log"
     log = log_file.read_text() if log_file.exists() else ""
-    same = last == 0 and contents(project) == whole and row_is_whole(project)
+    same = last == 0 and contents(project) == whole and row_is_whole(project) and not repeated
     if not same:
         kept = Path(tempfile.mkdtemp(prefix="chargpt-chaos-failed-"))
         shutil.copytree(project, kept, dirs_exist_ok=True)
         differing = [name for name, content in contents(project).items() if content != whole[name]]
         said = (project.parent / "said.txt").read_text()[-1000:]
-        print(f"DIFFERENT: exit {last}, {differing or 'the row'}; kept in {kept}; said last: {said}")
-    return killed, log.count("continuing after step"), helped, same
+        what = differing or ("a step that was saved" if repeated else "the row")
+        print(f"DIFFERENT: exit {last}, {what}; kept in {kept}; said last: {said}")
+    return killed, log.count("continuing after step"), same
 
 
-def mend(project: Path) -> bool:
-    """What `make repro` does first: a kill may have cut one of dvc's own notes short; returns whether it had."""
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.mend"], cwd=project, check=True, text=True, capture_output=True
-    )
-    print(done.stdout, end="", flush=True)
-    return bool(done.stdout)
+def wait_for_a_moment(project: Path, running: "subprocess.Popen[bytes]", chance: random.Random, seconds: float) -> None:
+    """Wait for a random moment: of the training, of the final writes, or any; much is dvc's and torch's start."""
+    began, kind = time.time(), chance.random()
+    if kind < IN_TRAINING:
+        wait(running, 4 * seconds, partial(written_since, project, ".runs/*/lock.json", began))
+        wait(running, chance.random() * TRAINING_S)
+    elif kind < IN_TRAINING + AT_THE_END:
+        wait(running, 4 * seconds, partial(written_since, project, OUTPUTS[0], began))
+        wait(running, chance.random() * END_S)
+    else:
+        wait(running, chance.random() * seconds * EARLY)
 
 
-def training_since(project: Path, moment: float) -> bool:
-    """Whether a run has taken its lock after some moment."""
-    return any(path.stat().st_mtime > moment for path in project.glob(".runs/*/lock.json"))
+def written_since(project: Path, pattern: str, moment: float) -> bool:
+    """Whether a file has been written after some moment."""
+    return any(path.stat().st_mtime > moment for path in project.glob(pattern))
+
+
+def history(project: Path) -> list[str]:
+    """The lines of the history: each says when its step was made."""
+    return [line for path in project.glob(".runs/*/history.jsonl") for line in path.read_text().splitlines()]
+
+
+def saved_history(project: Path) -> list[str]:
+    """Those up to the newest resume state; all, when the training has written its results."""
+    states = [int(path.stem.partition("-")[2]) for path in project.glob(".runs/*/resume-*.pt")]
+    newest = STEPS if all((project / name).exists() for name in OUTPUTS[:-1]) else max(states, default=0)
+    return [line for line in history(project) if line.endswith("}") and json.loads(line)["step"] <= newest]
 
 
 def wait(running: "subprocess.Popen[bytes]", seconds: float, until: Callable[[], bool] = lambda: False) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -258,6 +259,23 @@ def test_a_second_repro_says_who_is_there_first(workspace: Path, tmp_path: Path)
     assert second.wait(QUEUE_S) == 0, said(workspace).read_text()
     assert "continuing after step" in said(workspace).read_text()
     assert not [process for process in (wrapper, *tree) if process.is_running()]
+
+
+@pytest.mark.proof
+def test_ctrl_c_is_passed_on_by_dvc_and_the_row_goes_on(workspace: Path) -> None:
+    """As a terminal sends it: to dvc and everything below it."""
+    set_params(workspace, train={"max_steps": 180})
+    running = start(workspace, "repro", "train")
+    wait_for(lambda: states(workspace))
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.wait(QUEUE_S) != 0
+    words = said(workspace).read_text()
+    assert re.search(r"^gpt train: stopped after step \d+ of 180; run again to continue$", words, re.MULTILINE)
+    assert "exited with 75" in words
+    assert "Traceback" not in words
+    assert [row.info.status for row in rows(workspace) if row.data.params["train.max_steps"] == "180"] == ["KILLED"]
+    assert "continuing after step" in dvc(workspace, "repro", "train").stdout
+    assert [row.info.status for row in rows(workspace) if row.data.params["train.max_steps"] == "180"] == ["FINISHED"]
 
 
 @pytest.mark.proof

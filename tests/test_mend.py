@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+from dvc.utils.serialize import parse_yaml
 
 from stages import mend
 from stages.lock_list import GUARD, RWLOCK
@@ -92,22 +94,27 @@ def cut_lock(end: bytes) -> Callable[[], None]:
     return cut
 
 
+WHAT = "a killed dvc left it "
+HALF = f"dvc.lock: {WHAT}half written; as it was before again"
+INVALID = "'./dvc.lock' validation failed"
+
+
 @pytest.mark.parametrize(
     ("damage", "refusal", "said"),
     [
-        (cut_list, "Unable to read RWLock-file", "rwlock: a killed dvc left it half written; deleted"),
-        (leave_no_result, "join() argument must be str", ": a killed dvc left it empty; deleted"),
-        (cut_lock(b""), "'./dvc.lock' validation failed", "dvc.lock: a killed dvc left it half written; as it was"),
-        (cut_lock(b"schema: '2"), "'./dvc.lock' is invalid", "dvc.lock: a killed dvc left it half written; as it was"),
-        (cut_lock(b"  two:\n"), "validation failed", "dvc.lock: a killed dvc left it half written; as it was"),
-        (cut_lock(b"  two:\n    cmd: cp tok"), "", "dvc.lock: a killed dvc left it half written; as it was"),
+        pytest.param(cut_list, "Unable to read RWLock", WHAT + "half written; deleted", id="list of locks"),
+        pytest.param(leave_no_result, "join() argument must", WHAT + "empty; deleted", id="no result"),
+        pytest.param(cut_lock(b""), INVALID, HALF, id="empty lock file"),
+        pytest.param(cut_lock(b"schema: '2"), "is invalid", HALF, id="its first line", marks=pytest.mark.proof),
+        pytest.param(cut_lock(b"  two:\n"), INVALID, HALF, id="no value", marks=pytest.mark.proof),
+        pytest.param(cut_lock(b"    cmd: cp tok"), "", HALF, id="within a line", marks=pytest.mark.proof),
+        pytest.param(cut_lock(b"    cmd: cp tokens/a final\n"), "", "", id="sound", marks=pytest.mark.proof),
     ],
-    ids=["cut list of locks", "note of no result", "empty lock file", "its first line", "between lines", "within one"],
 )
 def test_a_dvc_typed_by_hand_mends_and_goes_on(
     project: Path, damage: Callable[[], None], refusal: str, said: str
 ) -> None:
-    """Without the hook it refuses for good; a few cuts it reads, though not what stood behind them."""
+    """Without the hook it refuses for good; some cuts it can read, though not what stood behind them."""
     whole = contents(project)
     damage()
     if refusal:
@@ -121,6 +128,22 @@ def test_a_dvc_typed_by_hand_mends_and_goes_on(
     again = repro(command())
     assert again.stderr == ""
     assert again.stdout.count("didn't change, skipping") == 2
+
+
+def test_wherever_a_lock_file_was_cut_it_is_whole_again_or_can_be_read(project: Path) -> None:
+    """What can be read ends with a line; dvc finds what is missing in its run cache."""
+    whole = LOCK_FILE.read_bytes()
+    mended = 0
+    for length in range(len(whole)):
+        LAST_WHOLE.write_bytes(whole)
+        LOCK_FILE.write_bytes(whole[:length])
+        if mend.mend(project):
+            assert LOCK_FILE.read_bytes() == whole
+            mended += 1
+        else:
+            assert whole[:length].endswith(b"\n")
+            assert COMPILED_LOCKFILE_SCHEMA(parse_yaml(whole[:length], ""))
+    assert mended > 0.9 * len(whole)
 
 
 def test_a_cut_lock_file_of_which_nothing_is_known_is_deleted(project: Path) -> None:

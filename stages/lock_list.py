@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -28,9 +28,7 @@ GUARD_S = 1
 def at_work() -> list[str]:
     """One line for each living dvc that holds a lock."""
     with suppress(OSError, ValueError):
-        held = json.loads(RWLOCK.read_text(encoding="utf-8"))
-        users = [*held.get("write", {}).values(), *(user for users in held.get("read", {}).values() for user in users)]
-        return [line for pid in sorted({int(user["pid"]) for user in users}) if (line := _of_process(pid))]
+        return [line for pid in pids(json.loads(RWLOCK.read_text(encoding="utf-8"))) if (line := _of_process(pid))]
     return []
 
 
@@ -44,7 +42,7 @@ def sign(stage: str) -> None:
 
     def add(held: dict[str, Any]) -> None:
         since = _since(psutil.Process(parent))
-        _keep(held, psutil.pid_exists)
+        keep(held, psutil.pid_exists)
         where = f"stage {stage} of PID {parent}, on {socket.gethostname()} since {since}"
         entry = {"pid": os.getpid(), "cmd": where}
         for path in [path for path, user in held["write"].items() if user["pid"] == parent]:
@@ -59,12 +57,19 @@ def sign(stage: str) -> None:
 def withdraw() -> None:
     """Take this process's entry away."""
     own = os.getpid()
-    _change(lambda held: _keep(held, lambda pid: pid != own))
+    _change(lambda held: keep(held, lambda pid: pid != own))
 
 
-def _keep(held: dict[str, Any], stays: Callable[[int], bool]) -> None:
-    held["write"] = {path: user for path, user in held["write"].items() if stays(user["pid"])}
-    remaining = {path: [user for user in users if stays(user["pid"])] for path, users in held["read"].items()}
+def pids(held: Mapping[str, Any]) -> list[int]:
+    """The processes that a list names."""
+    readers = (user for users in held.get("read", {}).values() for user in users)
+    return sorted({int(user["pid"]) for user in (*held.get("write", {}).values(), *readers)})
+
+
+def keep(held: dict[str, Any], stays: Callable[[int], bool]) -> None:
+    """Throw the entries of the other processes out of a list."""
+    held["write"] = {path: user for path, user in held.get("write", {}).items() if stays(user["pid"])}
+    remaining = {path: [user for user in users if stays(user["pid"])] for path, users in held.get("read", {}).items()}
     held["read"] = {path: users for path, users in remaining.items() if users}
 
 

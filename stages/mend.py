@@ -16,8 +16,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from gpt.files import atomic_write
-from stages.lock_list import GUARD, RWLOCK, at_work
+import psutil
+
+from gpt.files import atomic_write, write_json
+from stages.lock_list import GUARD, RWLOCK, at_work, keep, pids
 
 PROJECT = Path(__file__).parents[1]
 REPOSITORY_LOCK = Path(".dvc/tmp/lock")  # dvc holds it except while a stage's command runs
@@ -25,6 +27,7 @@ RUN_CACHE = Path(".dvc/cache/runs")
 LOCK_FILE = Path("dvc.lock")
 LAST_WHOLE = Path(".dvc/tmp/dvc.lock")  # ours: dvc.lock as it was when a dvc started
 OPEN_LINES = 3  # that stand without their values at the end of a cut dvc.lock, such as `stages:` and a stage's name
+CLOCK_S = 1  # as exactly as a process' begin can be compared with a file's time
 SETTLE_S = 0.5  # a living dvc fills a new folder within milliseconds
 # Python runs the lines of such files when it starts, whatever it is started for, in a virtual environment twice (its
 # manual: module `site`).
@@ -70,13 +73,27 @@ def _while_nobody_holds(lock: Path, action: Callable[[], list[str]]) -> list[str
 
 
 def _mend_lock_list(path: Path) -> list[str]:
-    with suppress(FileNotFoundError):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            path.unlink()
-            return [f"{path}: a killed dvc left it half written; deleted"]
-    return []
+    """Delete the list if it was cut; take out the dead whose PID belongs to a younger process, as after a restart."""
+    try:
+        written, held = path.stat().st_mtime, json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        path.unlink()
+        return [f"{path}: a killed dvc left it half written; deleted"]
+    recycled = [pid for pid in pids(held) if _is_younger(pid, written)]
+    if recycled:
+        keep(held, lambda pid: pid not in recycled)
+        write_json(path, held)
+    return [f"{path}: PID {pid} is no longer the dvc that was killed; taken out" for pid in recycled]
+
+
+def _is_younger(pid: int, moment: float) -> bool:
+    """Whether a process began after a moment; what is gone, dvc itself knows to be dead."""
+    try:
+        return psutil.Process(pid).create_time() > moment + CLOCK_S
+    except psutil.Error:
+        return False
 
 
 def _mend_lock_file(path: Path, last_whole: Path) -> list[str]:

@@ -1,11 +1,14 @@
 """What a SIGKILL of dvc leaves of its own notes: the next dvc, typed by hand, mends it and goes on."""
 
 import fcntl
+import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -175,6 +178,20 @@ def test_what_a_living_dvc_is_writing_stays(project: Path, lock: Path, path: Pat
         assert mend.mend(project) == []
         assert path.exists()
     assert len(mend.mend(project)) == 1
+
+
+@pytest.mark.parametrize(("written", "goes"), [(-60, True), (60, False)], ids=["another's", "its own"])
+def test_a_pid_that_was_given_to_another_process_holds_nothing(project: Path, written: int, goes: bool) -> None:
+    """After a restart, of a container above all, a killed dvc's PID is soon somebody else's."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        entry = {"pid": other.pid, "cmd": "dvc repro"}
+        held = {"write": {str(project / "final"): entry}, "read": {str(project / "tokens"): [entry]}}
+        RWLOCK.write_text(json.dumps(held))
+        os.utime(RWLOCK, (time.time() + written,) * 2)
+        done = repro(command(), "--force")
+        other.kill()
+    assert done.returncode == 0 if goes else f"(PID {other.pid}): dvc repro" in done.stderr
+    assert (f"PID {other.pid} is no longer the dvc that was killed; taken out" in done.stderr) == goes
 
 
 def test_a_folder_that_a_living_dvc_fills_stays(project: Path) -> None:

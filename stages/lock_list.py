@@ -6,6 +6,7 @@ command. A stage therefore adds an entry of its own, within what dvc has locked 
 
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -23,6 +24,7 @@ from gpt.files import write_json
 RWLOCK = Path(".dvc/tmp/rwlock")
 GUARD = Path(".dvc/tmp/rwlock.lock")  # whoever changes the list holds it, for milliseconds
 GUARD_S = 1
+CLOCK_S = 1  # as exactly as a process' begin can be compared with a file's time
 
 
 def at_work() -> list[str]:
@@ -42,7 +44,7 @@ def sign(stage: str) -> None:
 
     def add(held: dict[str, Any]) -> None:
         since = _since(psutil.Process(parent))
-        keep(held, psutil.pid_exists)
+        keep(held, may_hold)
         where = f"stage {stage} of PID {parent}, on {socket.gethostname()} since {since}"
         entry = {"pid": os.getpid(), "cmd": where}
         for path in [path for path, user in held["write"].items() if user["pid"] == parent]:
@@ -64,6 +66,26 @@ def pids(held: Mapping[str, Any]) -> list[int]:
     """The processes that a list names."""
     readers = (user for users in held.get("read", {}).values() for user in users)
     return sorted({int(user["pid"]) for user in (*held.get("write", {}).values(), *readers)})
+
+
+def may_hold(pid: int, written: float = math.inf) -> bool:
+    """Whether this process may be the one that an entry of the list means.
+
+    dvc takes a PID for living when there is any such process: a dead one that its parent has not waited for, as in
+    containers, or another one that has been given the number since, as after a restart.
+
+    Args:
+        written: when the list was written, in seconds since 1970; a process that is younger is not meant, unless it is
+            a dvc or a stage: the clock may have been set.
+
+    """
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return process.create_time() < written + CLOCK_S or (pid != os.getpid() and _is_of_dvc(process))
+    except psutil.Error:
+        return psutil.pid_exists(pid)
 
 
 def keep(held: dict[str, Any], stays: Callable[[int], bool]) -> None:
@@ -105,10 +127,15 @@ def _of_process(pid: int) -> str:
     with suppress(psutil.Error):
         process = psutil.Process(pid)
         names = [Path(word).name for word in process.cmdline()]
-        if "dvc" in names[:3]:  # dvc, python dvc, python -m dvc
+        if "dvc" in names[:3]:
             who = f"{' '.join(names[names.index('dvc') :])}, PID {pid}"
             return f"at work here: {who} on {socket.gethostname()} since {_since(process)}; wait for its end"
     return ""
+
+
+def _is_of_dvc(process: psutil.Process) -> bool:
+    """Whether a process is a dvc (`dvc`, `python dvc`, `python -m dvc`) or a stage of ours."""
+    return any(word.startswith("stages.") or Path(word).name == "dvc" for word in process.cmdline()[:3])
 
 
 def _since(process: psutil.Process) -> str:

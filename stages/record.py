@@ -65,22 +65,23 @@ def run_of_checkpoint(root: Path, sha256: str) -> Path | None:
     return next((run for run in runs(root) if (train := read(run, "train")) and train.checkpoint == sha256), None)
 
 
-def taken_over(run: Path, lock: str) -> bool:
-    """Whether dvc has filed what this training ended in: its lock file names the checkpoint."""
-    train = read(run, "train")
-    return bool(train and train.checkpoint_md5 and train.checkpoint_md5 in lock)
+def is_named(train: Record, lock: str) -> bool:
+    """Whether the text of a dvc.lock names the checkpoint that a training ended in."""
+    return bool(train.checkpoint_md5) and train.checkpoint_md5 in lock
 
 
 def drop_states(root: Path) -> None:
     """Delete the resume states of the trainings whose result dvc has filed in the dvc.lock of this folder.
 
     Not sooner: when dvc is killed before that, it runs the stage again, which shall not train again. Not later either:
-    from then on, running it again by `dvc repro -f` is meant.
+    from then on, running it again by `dvc repro -f` is meant. Equal bytes have equal names: a fresh clone's dvc.lock
+    names the checkpoint before anything has run, so it must have been written since.
     """
     lock = Path("dvc.lock")
-    text = lock.read_text(encoding="utf-8") if lock.exists() else ""
+    text, written = (lock.read_text(encoding="utf-8"), lock.stat().st_mtime) if lock.exists() else ("", 0)
     for run in runs(root):
-        if taken_over(run, text) and (states := list(run.glob(STATES))) and not is_held(run):
+        states, train = list(run.glob(STATES)), read(run, "train")
+        if states and train and train.ended < written and is_named(train, text) and not is_held(run):
             for state in states:
                 state.unlink(missing_ok=True)
 

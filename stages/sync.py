@@ -37,7 +37,8 @@ def keep_lock(lock: Path, runs: list[Path]) -> None:
     """Keep dvc.lock with the run that made the checkpoint which it names, the newest of several."""
     text = lock.read_text(encoding="utf-8") if lock.exists() else ""
     for run in reversed(runs):
-        if record.taken_over(run, text):
+        train = record.read(run, "train")
+        if train and record.is_named(train, text):
             kept = run / "row" / "lock" / lock.name
             if not kept.exists() or kept.read_text(encoding="utf-8") != text:
                 now = time.time()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 from mlflow import MlflowClient
+from ruamel.yaml import YAML
 
 from tests.conftest import environment, made_up_text, write_params
 from tests.pipeline import clone, set_processes
@@ -29,6 +30,7 @@ ORPHANS_GONE_S = 10
 STEPS = 250
 IN_TRAINING, AT_THE_END = 0.5, 0.25  # shares of the kills
 TRAINING_S, END_S = 5, 3
+FRESH_CLONE = 0.5  # share of the rounds that begin with a dvc.lock which names what will come out
 EARLY = 0.8  # of an undisturbed run: what was continued ends sooner
 TARGETS = ("everything", "dvc", "wrapper", "torchrun", "rank")
 
@@ -90,8 +92,13 @@ def one_round(
 
     """
     set_processes(project, processes)
-    shutil.copy(project.parent / "dvc.lock", project / "dvc.lock")
+    if chance.random() < FRESH_CLONE:
+        (project / "dvc.lock").write_bytes(whole["dvc.lock"])
+    else:
+        shutil.copy(project.parent / "dvc.lock", project / "dvc.lock")
     shutil.rmtree(project / ".dvc" / "cache" / "runs", ignore_errors=True)  # or dvc would not train again
+    for output in YAML(typ="safe", pure=True).load(whole["dvc.lock"])["stages"]["train"]["outs"]:
+        (project / ".dvc/cache/files/md5" / output["md5"][:2] / output["md5"][2:]).unlink(missing_ok=True)
     shutil.rmtree(project / ".runs")
     shutil.rmtree(project / "mlruns", ignore_errors=True)
     for path in [*project.glob("mlflow.db*"), *(project / name for name in OUTPUTS[:-1]), project / "gpt_nano.log"]:

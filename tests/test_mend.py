@@ -13,15 +13,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.utils.serialize import parse_yaml
 
 from stages import mend
 from stages.lock_list import GUARD, RWLOCK
-from stages.mend import LAST_WHOLE, LOCK_FILE, REPOSITORY_LOCK, RUN_CACHE
+from stages.mend import LAST_WHOLE, LOCK_FILE, REPOSITORY_LOCK, RUN_CACHE, SET_ASIDE
 from tests.conftest import ROOT, environment
-from tests.pipeline import command, dvc
+from tests.pipeline import command, dvc, wait_for
 
 PIPELINE = """\
 stages:
@@ -152,22 +153,46 @@ def test_wherever_a_lock_file_was_cut_it_is_whole_again_or_can_be_read(project: 
 def test_a_cut_lock_file_of_which_nothing_is_known_is_deleted(project: Path) -> None:
     """The hook came later than the kill; dvc finds the results in its cache."""
     whole = contents(project)
+    cut = LOCK_FILE.read_bytes()[:-5]
     LAST_WHOLE.unlink()
-    LOCK_FILE.write_bytes(LOCK_FILE.read_bytes()[:-5])
-    assert mend.mend(project) == [f"{project / LOCK_FILE}: a killed dvc left it half written; deleted"]
+    LOCK_FILE.write_bytes(cut)
+    (line,) = mend.mend(project)
+    assert line == f"{project / LOCK_FILE}: {WHAT}half written; deleted (what it was: {SET_ASIDE})"
+    assert SET_ASIDE.read_bytes() == cut
     done = repro(command())
     assert done.stdout.count("is cached - skipping run") == 2
     assert contents(project) == whole
 
 
+def test_the_first_dvc_of_a_fresh_clone_knows_the_lock_file_already(project: Path) -> None:
+    """It may be killed while it writes it."""
+    whole = LOCK_FILE.read_bytes()
+    shutil.rmtree(".dvc/tmp")
+    assert mend.mend(project) == []
+    LOCK_FILE.write_text("")
+    assert len(mend.mend(project)) == 1
+    assert LOCK_FILE.read_bytes() == whole
+
+
+def test_a_lock_file_that_dvc_can_read_is_not_deleted(project: Path) -> None:
+    """Somebody's editor has taken the last line's end away."""
+    text = LOCK_FILE.read_bytes().rstrip()
+    LAST_WHOLE.unlink()
+    LOCK_FILE.write_bytes(text)
+    assert mend.mend(project) == []
+    assert LOCK_FILE.read_bytes() == text
+
+
 def test_a_merge_with_conflicts_is_a_persons_to_solve(project: Path) -> None:
     text = LOCK_FILE.read_text()
-    size = next(line for line in text.splitlines() if "size:" in line)
-    conflict = text.replace(size, f"<<<<<<< HEAD\n{size}\n=======\n{size}1\n>>>>>>> other")
-    LOCK_FILE.write_text(conflict)
-    refused = repro(command())
-    assert refused.returncode
-    assert LOCK_FILE.read_text() == conflict
+    first, *_, last = (line for line in text.splitlines(keepends=True) if "size:" in line)
+    for size in (first, last):
+        before, _, after = text.rpartition(size)
+        conflict = f"{before}<<<<<<< HEAD\n{size}=======\n    {size.strip()}1\n>>>>>>> other\n{after}"
+        LOCK_FILE.write_text(conflict)
+        assert mend.mend(project) == []
+        assert LOCK_FILE.read_text() == conflict
+    assert repro(command()).returncode
 
 
 @pytest.mark.parametrize(("lock", "path"), [(GUARD, RWLOCK), (REPOSITORY_LOCK, LOCK_FILE)])
@@ -180,18 +205,44 @@ def test_what_a_living_dvc_is_writing_stays(project: Path, lock: Path, path: Pat
     assert len(mend.mend(project)) == 1
 
 
-@pytest.mark.parametrize(("written", "goes"), [(-60, True), (60, False)], ids=["another's", "its own"])
-def test_a_pid_that_was_given_to_another_process_holds_nothing(project: Path, written: int, goes: bool) -> None:
+def name_in_list(project: Path, pid: int, written: float) -> None:
+    """Let dvc's list name a process, as if it had been written some seconds from now."""
+    entry = {"pid": pid, "cmd": "dvc repro --single-item two"}
+    held = {"write": {str(project / "final"): entry}, "read": {str(project / "tokens"): [entry]}}
+    RWLOCK.write_text(json.dumps(held))
+    os.utime(RWLOCK, (time.time() + written,) * 2)
+
+
+def test_a_pid_that_another_process_has_been_given_holds_nothing(project: Path) -> None:
     """After a restart, of a container above all, a killed dvc's PID is soon somebody else's."""
     with subprocess.Popen(["sleep", "60"]) as other:
-        entry = {"pid": other.pid, "cmd": "dvc repro"}
-        held = {"write": {str(project / "final"): entry}, "read": {str(project / "tokens"): [entry]}}
-        RWLOCK.write_text(json.dumps(held))
-        os.utime(RWLOCK, (time.time() + written,) * 2)
-        done = repro(command(), "--force")
+        for written in (60, -60):  # the process is older than the list, so it may have written it; it is younger
+            name_in_list(project, other.pid, written)
+            done = repro(command(), "--force")
+            goes = written < 0
+            assert done.returncode == 0 if goes else f"(PID {other.pid}): dvc repro" in done.stderr
+            assert (f"PID {other.pid} was killed; taken out" in done.stderr) == goes
         other.kill()
-    assert done.returncode == 0 if goes else f"(PID {other.pid}): dvc repro" in done.stderr
-    assert (f"PID {other.pid} is no longer the dvc that was killed; taken out" in done.stderr) == goes
+
+
+def test_a_dead_process_that_nobody_has_waited_for_holds_nothing(project: Path) -> None:
+    """In a container often nobody does."""
+    with subprocess.Popen(["true"]) as zombie:
+        wait_for(lambda: psutil.Process(zombie.pid).status() == psutil.STATUS_ZOMBIE)
+        name_in_list(project, zombie.pid, 60)
+        assert repro(command(), "--force").returncode == 0
+
+
+def test_a_living_dvc_stays_in_the_list_when_the_clock_is_set(project: Path) -> None:
+    """Though it seems to be younger than what it has written; but nobody waits for himself."""
+    (project / "dvc").write_text("input()")
+    with subprocess.Popen([sys.executable, "dvc"], stdin=subprocess.PIPE) as living:
+        wait_for(lambda: "dvc" in psutil.Process(living.pid).cmdline()[-1])
+        name_in_list(project, living.pid, -60)
+        assert mend.mend(project) == []
+        living.kill()
+    name_in_list(project, os.getpid(), -60)
+    assert mend.mend(project) == [f"{project / RWLOCK}: PID {os.getpid()} was killed; taken out"]
 
 
 def test_a_folder_that_a_living_dvc_fills_stays(project: Path) -> None:
@@ -212,11 +263,30 @@ def test_what_the_mending_runs_into_does_not_keep_dvc_from_its_work(project: Pat
     assert done.stderr.count("\n") == 1
 
 
+def test_a_commit_that_has_nothing_to_mend_with_costs_no_word(tmp_path: Path) -> None:
+    """An older one, checked out into an environment that has the hook; or the project's folder was moved."""
+    hook = mend.MEND_FIRST.format(project=str(tmp_path))
+    script = f"import sys; sys.path = [path for path in sys.path if path]\nsys.modules['stages.mend'] = None\n{hook}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_the_hook_is_for_dvc_alone() -> None:
     """And costs other programs of the environment nothing."""
     shows = "import sys; print('stages.mend' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", shows], text=True, capture_output=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.proof
+def test_wherever_a_lock_file_was_cut_between_lines_dvc_ends_with_the_whole(project: Path) -> None:
+    """Also where it makes sense to dvc, which then finds what is missing in its run cache."""
+    whole = contents(project)
+    lines = LOCK_FILE.read_bytes().splitlines(keepends=True)
+    for number in range(len(lines)):
+        LOCK_FILE.write_bytes(b"".join(lines[:number]))
+        dvc(project, "repro")
+        assert contents(project) == whole, number
 
 
 @pytest.mark.proof

@@ -237,7 +237,7 @@ def test_a_living_dvc_stays_in_the_list_when_the_clock_is_set(project: Path) -> 
     """Though it seems to be younger than what it has written; but nobody waits for himself."""
     (project / "dvc").write_text("input()")
     with subprocess.Popen([sys.executable, "dvc"], stdin=subprocess.PIPE) as living:
-        wait_for(lambda: "dvc" in psutil.Process(living.pid).cmdline()[-1])
+        wait_for(lambda: "dvc" in psutil.Process(living.pid).cmdline())
         name_in_list(project, living.pid, -60)
         assert mend.mend(project) == []
         living.kill()

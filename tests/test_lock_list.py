@@ -147,7 +147,7 @@ def test_a_stage_that_hangs_after_its_dvc_died_is_named_too(workspace: Path) -> 
         (workspace / "go").touch()
         again = repro()
         assert again.returncode == 0, again.stderr
-        assert f"PID {first.pid} was killed; taken out" in again.stderr
+        assert f"PID {stage.pid} was killed; taken out" in again.stderr
 
 
 def test_a_stage_whose_dvc_died_steps_back_at_once(workspace: Path) -> None:

@@ -190,8 +190,9 @@ def ports_of(process: psutil.Process) -> set[int]:
 
 
 def states(project: Path) -> list[Path]:
-    """The resume states of a run that is under way, from step 40."""
-    return [path for path in project.glob(".runs/*/resume-*.pt") if path.name >= "resume-000000040.pt"]
+    """The resume states, from step 40, of a run that is under way or was killed; a finished one holds no lock."""
+    states = (path for lock in project.glob(".runs/*/lock.json") for path in lock.parent.glob("resume-*.pt"))
+    return [path for path in states if path.name >= "resume-000000040.pt"]
 
 
 def references(project: Path) -> dict[str, str]:

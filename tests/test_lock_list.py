@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stages import lock_list
 from stages.lock_list import GUARD, RWLOCK, at_work, sign, withdraw
 from tests.conftest import environment
 from tests.pipeline import dvc, wait_for
@@ -159,7 +160,8 @@ def test_a_stage_whose_dvc_died_steps_back_at_once(workspace: Path) -> None:
 
 
 @pytest.mark.usefixtures("workspace")
-def test_a_list_that_nobody_can_change_stops_no_stage() -> None:
+def test_a_list_that_nobody_can_change_stops_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_list, "GUARD_S", 0.1)
     RWLOCK.write_text("[]")
     sign("one")
     withdraw()

@@ -39,6 +39,7 @@ stages:
     outs: [final]
 """
 OUTPUTS = ["tokens/a", "tokens/b", "metrics/one.json", "final", "dvc.lock"]
+LONG_AGO = -1_000_000  # seconds from now
 WITHOUT_HOOK = [sys.executable, "-c", "import sys; from dvc.cli import main; sys.exit(main())"]
 
 
@@ -138,7 +139,7 @@ def test_wherever_a_lock_file_was_cut_it_is_whole_again_or_can_be_read(project: 
     """What can be read ends with a line; dvc finds what is missing in its run cache."""
     whole = LOCK_FILE.read_bytes()
     mended = 0
-    for length in range(len(whole)):
+    for length in range(0, len(whole), 3):
         LAST_WHOLE.write_bytes(whole)
         LOCK_FILE.write_bytes(whole[:length])
         if mend.mend(project):
@@ -147,7 +148,7 @@ def test_wherever_a_lock_file_was_cut_it_is_whole_again_or_can_be_read(project: 
         else:
             assert whole[:length].endswith(b"\n")
             assert COMPILED_LOCKFILE_SCHEMA(parse_yaml(whole[:length], ""))
-    assert mended > 0.9 * len(whole)
+    assert mended > 0.3 * len(whole)
 
 
 def test_a_cut_lock_file_of_which_nothing_is_known_is_deleted(project: Path) -> None:
@@ -216,7 +217,7 @@ def name_in_list(project: Path, pid: int, written: float) -> None:
 def test_a_pid_that_another_process_has_been_given_holds_nothing(project: Path) -> None:
     """After a restart, of a container above all, a killed dvc's PID is soon somebody else's."""
     with subprocess.Popen(["sleep", "60"]) as other:
-        for written in (60, -60):  # the process is older than the list, so it may have written it; it is younger
+        for written in (60, LONG_AGO):  # the process is older than the list, so it may have written it; it is younger
             name_in_list(project, other.pid, written)
             done = repro(command(), "--force")
             goes = written < 0
@@ -238,10 +239,10 @@ def test_a_living_dvc_stays_in_the_list_when_the_clock_is_set(project: Path) -> 
     (project / "dvc").write_text("input()")
     with subprocess.Popen([sys.executable, "dvc"], stdin=subprocess.PIPE) as living:
         wait_for(lambda: "dvc" in psutil.Process(living.pid).cmdline())
-        name_in_list(project, living.pid, -60)
+        name_in_list(project, living.pid, LONG_AGO)
         assert mend.mend(project) == []
         living.kill()
-    name_in_list(project, os.getpid(), -60)
+    name_in_list(project, os.getpid(), LONG_AGO)
     assert mend.mend(project) == [f"{project / RWLOCK}: PID {os.getpid()} was killed; taken out"]
 
 

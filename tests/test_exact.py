@@ -186,6 +186,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dic
     return finish(prepare(tmp_path_factory.mktemp("uninterrupted")), tokens, ranks=4)
 
 
+@pytest.mark.proof
 def test_on_two_machines_the_same_bytes(tmp_path: Path, tokens: Path, uninterrupted: dict[str, bytes]) -> None:
     """Four ranks: neighbours share a memory, the pairs of neighbours only a network."""
     folder = prepare(tmp_path / "far")
@@ -381,6 +382,7 @@ assert threading.active_count() == 1
 """
 
 
+@pytest.mark.proof
 def test_a_rank_that_is_done_has_no_thread_left_that_could_abort_it() -> None:
     """Python kills such threads when it shuts down; one that was inside torch took the process along, now and then."""
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,12 +44,14 @@ class Store:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # no word on every table it makes
         logging.getLogger("alembic").setLevel(logging.WARNING)
         with _lock(root):
+            file = Path(address.removeprefix(SQLITE).partition("?")[0]) if address.startswith(SQLITE) else None
+            if file and not file.exists():
+                _make_tables(file)
             client = MlflowClient(address)
             found = client.get_experiment_by_name(EXPERIMENT)
-            if address.startswith(SQLITE):
-                with sqlite3.connect(address.removeprefix(SQLITE).partition("?")[0]) as database:
+            if file:
+                with closing(sqlite3.connect(file)) as database:
                     database.execute("PRAGMA journal_mode=WAL")  # stays in the file; lets several writers take turns
-                database.close()
             experiment = found.experiment_id if found else _make_experiment(client, address, root)
         return cls(client, experiment, root)
 
@@ -219,6 +221,24 @@ class Row:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _make_tables(file: Path) -> None:
+    """Let MLflow make its tables under another name first: killed in the midst of it, it leaves what it cannot open."""
+    making, made = (file.with_name(f"{file.name}.{word}") for word in ("making", "made"))
+    _delete_database(making)
+    _delete_database(file)  # what may be left beside a store that was deleted
+    made.unlink(missing_ok=True)
+    MlflowClient(f"{SQLITE}{making}")
+    with closing(sqlite3.connect(making)) as database:
+        database.execute("VACUUM INTO ?", (str(made),))
+    made.replace(file)
+    _delete_database(making)
+
+
+def _delete_database(file: Path) -> None:
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        file.with_name(f"{file.name}{suffix}").unlink(missing_ok=True)
 
 
 def _make_experiment(client: MlflowClient, address: str, root: Path) -> str:

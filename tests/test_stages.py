@@ -154,6 +154,21 @@ def test_every_step_once_after_a_kill_and_a_rerun(place: Workspace) -> None:
     assert set(killed["metrics"]) <= set(row["metrics"])
 
 
+def test_a_store_whose_making_was_killed_is_made_by_the_next(tmp_path: Path) -> None:
+    place = Workspace(tmp_path / "new")
+    for wait_s in (0.0, 0.2):  # MLflow needs about a second to make its tables
+        killed = place.train(hang=True)
+        wait_for((place.folder / "mlflow.db.making").exists)
+        time.sleep(wait_s)
+        killed.kill()
+        killed.communicate()
+        assert not (place.folder / "mlflow.db").exists()
+    assert ended(place.train(rest=0.8)) == ""
+    (row,) = place.rows()
+    assert row["status"] == "FINISHED"
+    assert [path.name for path in place.folder.glob("mlflow.db.*")] == []
+
+
 def test_signals_no_orphans_and_no_row_left_running(place: Workspace) -> None:
     """The next command sees to the rows of wrappers that were killed, and leaves those of living ones alone."""
     wrappers = [place.train("-S", f"train.seed={seed}", steps=1, hang=True) for seed in range(3)]

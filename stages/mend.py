@@ -75,7 +75,7 @@ def before_dvc() -> None:
 
 def _while_nobody_holds(lock: Path, action: Callable[[], list[str]]) -> list[str]:
     """Act under one of dvc's locks, which dvc, too, makes where it is missing; nothing where somebody holds it."""
-    with suppress(BlockingIOError, PermissionError):
+    with suppress(BlockingIOError, FileNotFoundError, PermissionError):  # held, no dvc project, not ours
         lock.parent.mkdir(exist_ok=True)
         with lock.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gpt.history import Record, read_records
-from gpt.params import read_params
+from gpt.core.params import read_params
+from gpt.training.history import Record, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE, QUICK, DEFAULT = "presets/nanogpt-cpu.yaml", "presets/quick.yaml", "params.yaml"

@@ -17,11 +17,11 @@ import typer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.device import choose_device
-from gpt.distributed import Group, ShardedModel, joined
-from gpt.model import GPT, next_token_loss
-from gpt.model_params import ModelParams
-from gpt.params import read_section
+from gpt.core.params import read_section
+from gpt.model.config import ModelConfig
+from gpt.model.device import choose_device
+from gpt.model.gpt import GPT, next_token_loss
+from gpt.training.distributed import Group, ShardedModel, process_group
 
 VOCABULARY = 65
 WARM_UP = 3  # turns that do not count
@@ -35,15 +35,15 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps a turn.")] = 5,
 ) -> None:
     """Measure and print one line a number of shards."""
-    section = read_section(params, "model", ModelParams, [])
+    section = read_section(params, "model", ModelConfig, [])
     device = choose_device("cpu", "device")
-    with joined(device, timeout_s=120) as group:
+    with process_group(device, timeout_s=120) as group:
         for count in shards or [2, 4, 8]:
             plain = plain_step(section, batch_size, group)
             sharded = sharded_step(section, batch_size, group, count)
             times = [(seconds(sharded, steps), seconds(plain, steps)) for _ in range(WARM_UP + turns)][WARM_UP:]
             low, ratio, high = statistics.quantiles((ours / theirs for ours, theirs in times), n=4)
-            if group.first:
+            if group.is_main:
                 ours, theirs = (1000 * statistics.median(each) for each in zip(*times, strict=True))
                 print(
                     f"{group.size} process(es), batch {batch_size}, {count} shards: {ours:.1f} ms a step, plain DDP "
@@ -51,7 +51,7 @@ def main(
                 )
 
 
-def plain_step(params: ModelParams, batch_size: int, group: Group) -> Callable[[], None]:
+def plain_step(params: ModelConfig, batch_size: int, group: Group) -> Callable[[], None]:
     """A step as PyTorch's manual does it: each process its part of the batch at once."""
     model = GPT(params, VOCABULARY)
     ddp = DistributedDataParallel(model)
@@ -65,7 +65,7 @@ def plain_step(params: ModelParams, batch_size: int, group: Group) -> Callable[[
     return step
 
 
-def sharded_step(params: ModelParams, batch_size: int, group: Group, shards: int) -> Callable[[], None]:
+def sharded_step(params: ModelConfig, batch_size: int, group: Group, shards: int) -> Callable[[], None]:
     """A step as training does it."""
     model = GPT(params, VOCABULARY)
     sharded = ShardedModel(model, group, shards)
@@ -89,7 +89,7 @@ def finishing(model: GPT) -> Callable[[], None]:
     return finish
 
 
-def loss_of(model: nn.Module, params: ModelParams, count: int) -> torch.Tensor:
+def loss_of(model: nn.Module, params: ModelConfig, count: int) -> torch.Tensor:
     """The loss on made-up tokens."""
     tokens_BT = torch.randint(VOCABULARY, (count, params.block_size))
     return next_token_loss(model(tokens_BT), tokens_BT)

@@ -21,14 +21,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.races import DEFAULT, QUICK, REFERENCE, ROOT
-from gpt.device import choose_device
-from gpt.distributed import Group, joined
-from gpt.ladder import make_model
-from gpt.model_params import ModelParams
-from gpt.pairs import NetworkPair, Pair
-from gpt.params import read_section
-from gpt.token_files import TokenData, load_tokens
-from gpt.training import Trainer, TrainParams
+from gpt.core.params import read_section
+from gpt.data.token_files import TokenData, load_tokens
+from gpt.model.baselines import make_model
+from gpt.model.config import ModelConfig
+from gpt.model.device import choose_device
+from gpt.training.all_reduce import NetworkPair, Pair
+from gpt.training.distributed import Group, process_group
+from gpt.training.trainer import Trainer, TrainParams
 
 TIMEOUT = timedelta(seconds=120)
 WARM_UP = 3  # turns that do not count
@@ -55,7 +55,7 @@ def main(
     """Measure and print one line a recipe, then where the time of the default's step goes."""
     device = choose_device("cpu", "device")
     data = load_tokens(tokens)
-    with joined(device, timeout_s=TIMEOUT.seconds) as joined_group:
+    with process_group(device, timeout_s=TIMEOUT.seconds) as joined_group:
         group = replace(joined_group, pairs=[Seen(pair) for pair in joined_group.pairs])
         trainers = {recipe: trainer(recipe, data, group) for recipe in (REFERENCE, QUICK, DEFAULT)}
         if compiled:
@@ -77,14 +77,14 @@ def main(
             low, middle, high = statistics.quantiles(times[recipe][WARM_UP:], n=4)
             highest = statistics.median(peaks[precision][WARM_UP:])
             flops = operations(each)
-            if group.first:
+            if group.is_main:
                 print(
                     f"{recipe}: {1000 * middle:.1f} ms a step ({1000 * low:.1f} to {1000 * high:.1f}), "
                     f"{flops / 1e9:.1f} GFLOP: {flops / middle / 1e9:.0f} GFLOP/s, {flops / middle / highest:.0%} of "
                     f"the peak of {highest / 1e9:.0f} in {precision}"
                 )
         shares = where_time_goes(trainers[DEFAULT], steps)
-        if group.first:
+        if group.is_main:
             print(f"{DEFAULT}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 
@@ -113,7 +113,7 @@ def over_the_network(group: Group) -> list[Pair]:
 def trainer(recipe: str, data: TokenData, group: Group, *changes: str) -> Trainer:
     """A training run as the command starts it."""
     params = read_section(ROOT / recipe, "train", TrainParams, changes)
-    model = read_section(ROOT / recipe, "model", ModelParams, changes)
+    model = read_section(ROOT / recipe, "model", ModelConfig, changes)
     return Trainer(params, make_model(model, data.meta.vocab_size), data, group)
 
 
@@ -130,7 +130,7 @@ def operations(each: Trainer) -> float:
     with FlopCounterMode(display=False) as counter:
         each.train_step()
     muon = muon_operations(each)
-    return sum(each.group.gather([float(counter.get_total_flops() - muon)]))
+    return sum(each.group.all_gather([float(counter.get_total_flops() - muon)]))
 
 
 def muon_operations(each: Trainer) -> float:
@@ -145,7 +145,7 @@ def peak(precision: torch.dtype, group: Group) -> float:
     """Operations a second of large matrix products on all ranks at once."""
     left, right = (torch.randn(PEAK_SIZE, PEAK_SIZE).to(precision) for _ in range(2))
     mine = 2 * PEAK_SIZE**3 / seconds(lambda: left @ right, PEAK_TIMES)
-    return sum(group.gather([mine]))
+    return sum(group.all_gather([mine]))
 
 
 def where_time_goes(each: Trainer, steps: int) -> dict[str, float]:

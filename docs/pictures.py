@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gpt.checkpoint import load_checkpoint
-from gpt.drawing import pictures
-from gpt.evaluate import look_at
-from gpt.token_files import load_tokens
+from gpt.data.token_files import load_tokens
+from gpt.evaluation.evaluator import look_at
+from gpt.evaluation.plots import pictures
+from gpt.model.checkpoint import load_checkpoint
 from stages.pictures import loss, read_table
 
 ROOT = Path(__file__).resolve().parents[1]

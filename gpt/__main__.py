@@ -10,7 +10,7 @@ from types import ModuleType
 
 import typer
 
-from gpt.errors import OneLineError
+from gpt.core.errors import OneLineError
 
 VERBS = ("download", "tokenize", "train", "evaluate", "generate", "explain", "check-params")
 
@@ -39,7 +39,7 @@ def _app(called: str) -> typer.Typer:
     app = typer.Typer(help="Train, measure and sample a small GPT.", no_args_is_help=True, add_completion=False)
     app.callback()(lambda: None)
     for verb in VERBS:
-        name = "gpt." + verb.replace("-", "_")
+        name = "gpt.commands." + verb.replace("-", "_")
         if verb == called:
             module = _imported(name)
             app.command(verb, help=module.__doc__)(module.command)
@@ -60,7 +60,7 @@ def _imported(name: str) -> ModuleType:
 
 def _docstring(name: str) -> str:
     """A module's docstring, read without importing the module."""
-    source = Path(__file__).with_name(name.rpartition(".")[2] + ".py").read_text(encoding="utf-8")
+    source = Path(__file__).with_name("commands").joinpath(name.rpartition(".")[2] + ".py").read_text(encoding="utf-8")
     return ast.get_docstring(ast.parse(source)) or ""
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from gpt.errors import UserError
-from gpt.params import Section
+from gpt.core.errors import UserError
+from gpt.core.params import Section
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max period"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/gpus")

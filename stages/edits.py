@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpt.files import sha256_file
-from gpt.fingerprint import imported_files
-from gpt.params import read_params
+from gpt.core.files import sha256_file
+from gpt.core.params import read_params
+from gpt.training.fingerprint import imported_files, name_of
 from stages.launch import options
 from stages.record import flatten
 
@@ -22,7 +22,7 @@ def refusing(stage: str, main: Main) -> Main:
     """A stage's `main` that, under dvc, fails when what dvc files its result under is no longer what it read."""
     if "DVC_STAGE" not in os.environ:
         return main
-    code_files = imported_files(f"gpt.{stage}")
+    code_files = imported_files(f"gpt.commands.{stage}")
 
     def watched(command: list[str]) -> int:
         before = _inputs(stage, command, code_files)
@@ -45,4 +45,4 @@ def _inputs(stage: str, command: Sequence[str], code_files: Sequence[Path]) -> d
     """Params by `section.key` and code files by `gpt/name`: what a stage reads and a person may edit."""
     files = options(command, "--params")
     params = flatten(read_params(Path(files[-1])), SECTIONS[stage]) if files else {}
-    return params | {f"gpt/{path.name}": sha256_file(path) if path.exists() else "" for path in code_files}
+    return params | {name_of(path): sha256_file(path) if path.exists() else "" for path in code_files}

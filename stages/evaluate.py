@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpt.files import read_json
+from gpt.core.files import read_json
 from stages import launch
 from stages.edits import refusing
 from stages.publish import follow_up

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, NoReturn
 
-from gpt.errors import UserError
+from gpt.core.errors import UserError
 from stages import lock_list, torchrun
 from stages.log import append_failure, frame
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
-from gpt.errors import UserError
-from gpt.files import write_json
+from gpt.core.errors import UserError
+from gpt.core.files import write_json
 
 RWLOCK = Path(".dvc/tmp/rwlock")
 GUARD = Path(".dvc/tmp/rwlock.lock")  # whoever changes the list holds it, for milliseconds

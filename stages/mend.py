@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpt.files import atomic_write, write_json
+from gpt.core.files import atomic_write, write_json
 from stages.lock_list import GUARD, RWLOCK, at_work, keep, may_hold, pids
 
 PROJECT = Path(__file__).parents[1]

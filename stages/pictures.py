@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from gpt.drawing import png
+from gpt.evaluation.plots import png
 
 Columns = Mapping[str, Sequence[float]]
 

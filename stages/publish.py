@@ -15,9 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt.files import sha256_file
-from gpt.params import read_params
-from gpt.web import shown
+from gpt.core.files import sha256_file
+from gpt.core.params import read_params
+from gpt.download.web import shown
 from stages import launch, log, record
 from stages.history import Follower
 from stages.page import page

@@ -20,8 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gpt.errors import UserError
-from gpt.files import canonical_json, read_json, sha256_file, write_json
+from gpt.core.errors import UserError
+from gpt.core.files import canonical_json, read_json, sha256_file, write_json
 
 RUNS_KEPT = 20
 HISTORIES = ("history.jsonl", "system.jsonl")  # figures by step

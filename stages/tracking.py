@@ -17,7 +17,7 @@ from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
-from gpt.files import canonical_json, sha256_file
+from gpt.core.files import canonical_json, sha256_file
 from stages.history import Point
 from stages.record import Record, artifacts, digest, places_of_checkpoint
 

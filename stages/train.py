@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt.files import sha256_file
-from gpt.fingerprint import run_key
+from gpt.core.files import sha256_file
+from gpt.core.params import check_section, read_params
 from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpus
-from gpt.params import check_section, read_params
+from gpt.training.fingerprint import run_key
 from stages import launch, log, record, torchrun
 from stages.edits import refusing
 from stages.history import Follower

@@ -22,8 +22,8 @@ import psutil
 from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
-from tests.conftest import environment, made_up_text, write_params
-from tests.pipeline import clone, set_processes
+from tests.support.common import environment, made_up_text, write_params
+from tests.support.project import clone, set_processes
 
 OUTPUTS = ["chargpt_nano.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv", "dvc.lock"]
 ORPHANS_GONE_S = 10

@@ -6,9 +6,9 @@ from typing import Literal
 import pytest
 
 from gpt import launch
-from gpt.errors import UserError
+from gpt.core.errors import UserError
+from gpt.core.params import check_section
 from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpus
-from gpt.params import check_section
 
 
 @pytest.mark.parametrize(

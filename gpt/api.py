@@ -1,0 +1,1 @@
+"""The Python API: load a checkpoint, generate and score text."""

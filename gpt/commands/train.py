@@ -1,0 +1,53 @@
+"""Train the model; start it through torchrun to use several processes. The checkpoint is the same for any number."""
+
+import tempfile
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpt.core.cli import LOG_FILE, Changes, LogFile, ParamsFile, logging_to
+from gpt.core.params import read_section
+from gpt.data.token_files import load_tokens
+from gpt.model.config import ModelConfig
+from gpt.training.distributed import env_rank
+from gpt.training.fingerprint import digests
+from gpt.training.run import Outputs, train
+from gpt.training.run_folder import RunFolder
+from gpt.training.trainer import TrainParams
+
+
+def command(
+    params: ParamsFile,
+    tokens: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the command tokenize wrote.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Where the best weights go.")],
+    metrics: Annotated[Path, typer.Option(metavar="FILE", help="Where the final figures go, as JSON.")],
+    history: Annotated[Path, typer.Option(metavar="FILE", help="Where the training loss by step goes, as CSV.")],
+    validation: Annotated[Path, typer.Option(metavar="FILE", help="Where the validation loss by step goes, as CSV.")],
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keeps the live history and what a killed run continues from."),
+    ] = None,
+    timeout: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="After this long without an answer, a process counts as dead.")
+    ] = 120,
+    changes: Changes = [],  # noqa: B006 (Typer copies it)
+    log_file: LogFile = LOG_FILE,
+) -> None:
+    """Read the sections `model` and `train` and the tokens, then train."""
+    first = env_rank() == 0
+    about = run_dir.name[:8] if run_dir else ""
+    with ExitStack() as stack:
+        stack.enter_context(logging_to(log_file, "train", about) if first else nullcontext())
+        model = read_section(params, "model", ModelConfig, changes)
+        folder = run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chargpt-")))
+        train(
+            params=read_section(params, "train", TrainParams, changes),
+            model=model,
+            data=load_tokens(tokens),
+            made_of=digests(params, tokens, changes),
+            outputs=Outputs(checkpoint, metrics, history, validation),
+            folder=RunFolder(folder),
+            timeout_s=timeout,
+        )

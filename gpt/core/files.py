@@ -1,0 +1,128 @@
+"""Files that are whole or not there: atomic writing, hashing, JSON."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from gpt.core.errors import UserError
+
+DECIMALS = 4  # of a figure: another seed changes a loss in the third
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_json(value: object) -> str:
+    """The one JSON text of a value: sorted keys, no spaces; equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON that people and `git diff` like to read."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(f"{text}\n".encode())
+
+
+def write_metrics(path: Path, figures: Mapping[str, float]) -> None:
+    """Write figures that people compare: with as many digits as tell two runs apart, and no more."""
+    write_json(path, {name: round(value, DECIMALS) for name, value in figures.items()})
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a JSON file, found nothing; run the stage that writes it") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path}: expected JSON, found something else ({error}); run the stage that writes it again"
+        ) from None
+
+
+def prepare_output(path: Path) -> None:
+    """Make the folder of an output and prove that it can be written, before any long work starts.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = _temporary_name(path)
+        probe.touch()
+        probe.unlink()
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that gets its final name only when the block ends without an error.
+
+    The bytes go to a temporary neighbour, are flushed to the disk, and the neighbour is renamed; then the folder is
+    flushed too, so that the name survives a power cut.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    temporary = _temporary_name(path)
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk may refuse while `path` is written into one line that says what and where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"{path}: no space left on the device ({free:,} bytes free in {path.parent}); "
+                "nothing was replaced: make room and run again"
+            ) from error
+        if (
+            isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError)
+            or error.errno == errno.EROFS
+        ):
+            raise UserError(
+                f"{path}: expected a place that can be written, found: {error.strerror}; "
+                "correct the permissions or choose another path"
+            ) from error
+        raise
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,153 @@
+"""Strict reading of one section of a params file: every key required, no unknown one, errors with the key's path."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from gpt.core.errors import UserError
+
+
+class Section(BaseModel):
+    """A section of the params file: its keys, their types and bounds. Values live in the file alone."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read_section(path: Path, name: str, section: type[S], changes: Sequence[str] = ()) -> S:
+    """Read and check the section `name` of a params file.
+
+    Args:
+        changes: `section.key=value` texts that override the file; those of other sections are passed over.
+
+    Raises:
+        UserError: the file, the section or a key is missing, unknown, doubled or of the wrong type.
+    """
+    return check_section(path, name, section, read_params(path, changes))
+
+
+def read_params(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a whole params file as plain values, `changes` applied, its sections not yet checked."""
+    try:
+        params = _yaml().load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a params file, found nothing; start from one in presets/") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: expected UTF-8, found byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(
+            f"{path}: {_duplicate(error)} is given twice, again in line {line}; delete one of them"
+        ) from None
+    except YAMLError as error:
+        raise UserError(f"{path}: expected YAML, found {_yaml_problem(error)}; correct that line") from None
+    if not isinstance(params, dict):
+        raise UserError(f"{path}: expected sections of keys, found {_kind(params)}; start from a file in presets/")
+    for change in changes:
+        _apply(params, change)
+    return params
+
+
+def check_section(path: Path, name: str, section: type[S], params: Mapping[str, Any]) -> S:
+    """Check one section of an already read params file against its class."""
+    if name not in params:
+        near = suggestion(name, params)
+        raise UserError(f"{path}: {name}: this section is missing{near}; take it over from a file in presets/")
+    if not isinstance(params[name], dict):
+        raise UserError(f"{path}: {name}: expected a section of keys, found {_kind(params[name])}")
+    try:
+        checked = section.model_validate(params[name])
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UserError(f"{path}: {_explain(name, section, found[0])}{more}") from None
+    for key in section.model_fields:
+        if key not in params[name]:  # also where the class has a default: that one is for commands without a file
+            raise UserError(f"{path}: {_missing(f'{name}.{key}')}")
+    return checked
+
+
+def suggestion(word: str, known: Mapping[str, Any]) -> str:
+    """`; did you mean 'x'?` where one of the known words is near, else nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def parse_change(text: str) -> tuple[str, str, Any]:
+    """Cut `section.key=value` into section, key and the value as YAML reads it.
+
+    Raises:
+        UserError: the text has another form.
+    """
+    target, equals, value = text.partition("=")
+    section, dot, key = target.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise UserError(f"--set {text}: expected SECTION.KEY=VALUE, for example train.max_steps=100")
+    try:
+        return section, key, _yaml().load(value) if value.strip() else ""
+    except YAMLError as error:
+        raise UserError(f"--set {target}: expected a value in YAML, found {_yaml_problem(error)}") from None
+
+
+def _yaml() -> YAML:
+    return YAML(typ="safe", pure=True)  # YAML 1.2, as DVC reads it: 1e-3 is a number, `no` is a word
+
+
+def _apply(params: dict[str, Any], change: str) -> None:
+    section, key, value = parse_change(change)
+    if not isinstance(params.get(section), dict):
+        raise UserError(
+            f"--set {section}.{key}: no section '{section}' in the params file{suggestion(section, params)}"
+        )
+    if key not in params[section]:
+        raise UserError(f"--set {section}.{key}: unknown key{suggestion(key, params[section])}")
+    params[section][key] = value
+
+
+def _explain(name: str, section: type[Section], error: ErrorDetails) -> str:
+    key = ".".join([name, *map(str, error["loc"])])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{suggestion(str(error['loc'][-1]), section.model_fields)}"
+    if error["type"] == "missing":
+        return _missing(key)
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return f"{key}: {message}" if error["loc"] else f"{name}.{message}"
+    expected = error["msg"].replace("Input should be ", "")
+    return f"{key}: expected {expected}, found {_kind(error['input'])}; correct it there or with -S {key}=VALUE"
+
+
+def _missing(key: str) -> str:
+    return f"{key}: this key is missing; every key is required: take it over from a file in presets/"
+
+
+def _kind(value: object) -> str:
+    names = {str: "the text", bool: "the truth value", int: "the number", float: "the number", list: "the list"}
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, dict):
+        return f"a section of {len(value)} keys"
+    return f"{names.get(type(value), type(value).__name__)} {value!r}"
+
+
+def _duplicate(error: DuplicateKeyError) -> str:
+    problem = str(error.problem)
+    return problem.split('"')[1] if '"' in problem else "a key"
+
+
+def _yaml_problem(error: YAMLError) -> str:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+    return " ".join(str(error).split())

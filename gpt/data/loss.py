@@ -1,0 +1,37 @@
+"""How well a model predicts a text: the loss at every token of the validation split, each predicted once."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gpt.model.gpt import next_token_loss
+
+Batch = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout is off meanwhile."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def token_losses(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> list[Tensor]:
+    """The loss of every prediction in nats, of shape (sequences, positions) for each batch, on the CPU in float64."""
+    with eval_mode(model):
+        return [batch_losses(model, batch, device)[0] for batch in batches]
+
+
+def batch_losses(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of a batch as `losses` gives them; its logits and its targets on the device."""
+    inputs_BT, targets_BT = (part_BT.to(device) for part_BT in batch)
+    logits_BTV = model(inputs_BT)
+    loss = next_token_loss(logits_BTV, targets_BT, reduction="none")
+    return loss.view(targets_BT.shape).double().cpu(), logits_BTV, targets_BT

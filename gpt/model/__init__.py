@@ -1,0 +1,1 @@
+"""The GPT, its parts, and the checkpoint format."""

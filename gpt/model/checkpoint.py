@@ -1,0 +1,150 @@
+"""The checkpoint format: whole or refused, and never run as code.
+
+A file is what `torch.save` writes, then a trailer with the SHA-256 of all bytes before it; `torch.load` still reads
+such a file. It holds plain tensors and one canonical JSON text, so it loads with `weights_only=True`, always.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gpt.core.errors import UserError
+from gpt.core.files import atomic_write, canonical_json
+from gpt.model.baselines import make_model
+from gpt.model.config import ModelConfig
+from gpt.model.gpt import LanguageModel
+from gpt.tokenizers import tokenizer_from_json
+from gpt.tokenizers.base import Tokenizer
+
+FORMAT = 1
+TRAILER = b"\nchargpt sha256 "
+TRAILER_LENGTH = len(TRAILER) + 64 + 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model and where it comes from.
+
+    `about` says by content what made it: training params, digest of the corpus, step and validation loss.
+    """
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+    weights: Mapping[str, Tensor]
+    about: Mapping[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint; equal contents give equal bytes."""
+        metadata = {"model": self.model.model_dump(), "tokenizer": self.tokenizer.to_json(), "about": dict(self.about)}
+        write_tensors(path, metadata, {"weights": dict(self.weights)})
+
+    def build(self) -> LanguageModel:
+        """The model itself, on the CPU, ready to predict."""
+        with _NoFirstWeights():
+            model = make_model(self.model, self.tokenizer.vocab_size)
+        model.load_state_dict(dict(self.weights))
+        return model.eval()
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint and check every part of it.
+
+    Raises:
+        UserError: the file is missing, damaged, of another format, or its weights do not fit its own description.
+    """
+    metadata, tensors = read_tensors(path)
+    try:
+        params = ModelConfig.model_validate(metadata["model"])
+        tokenizer = tokenizer_from_json(metadata["tokenizer"])
+        weights, about = tensors["weights"], metadata["about"]
+        with _NoFirstWeights():
+            expected = make_model(params, tokenizer.vocab_size).state_dict()
+        difference = _difference(expected, weights)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UserError) as error:
+        reason = "; ".join(str(error).splitlines())
+        raise UserError(f"{path}: expected a trained model, found no valid {reason}; train again") from None
+    if difference:
+        raise UserError(f"{path}: weights do not fit the model that the file describes: {difference}; train again")
+    return Checkpoint(params, tokenizer, weights, about)
+
+
+def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Write metadata and nested dicts of tensors under a final name, all or nothing."""
+    buffer = io.BytesIO()  # an open file, not a path: torch writes a path's stem into the bytes
+    torch.save({"format": FORMAT, "metadata": canonical_json(metadata), **tensors}, buffer)
+    content = buffer.getbuffer()
+    with atomic_write(path) as file:
+        file.write(content)
+        file.write(TRAILER + hashlib.sha256(content).hexdigest().encode() + b"\n")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what `write_tensors` wrote: the metadata and the rest.
+
+    Raises:
+        UserError: the file is missing, is none of ours, is damaged, or holds more than plain tensors.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected a checkpoint, found: {error.strerror}; train one or correct the path"
+        ) from None
+    content, trailer = data[:-TRAILER_LENGTH], data[-TRAILER_LENGTH:]
+    if not trailer.startswith(TRAILER):
+        raise UserError(
+            f"{path}: expected a checkpoint that ends with its SHA-256, found {len(data):,} bytes without one; "
+            "it is cut short or not a checkpoint of this project: train again or restore it with dvc checkout"
+        )
+    stated, found = trailer[len(TRAILER) : -1].decode("ascii", "replace"), hashlib.sha256(content).hexdigest()
+    if stated != found or trailer[-1:] != b"\n":
+        raise UserError(
+            f"{path}: expected SHA-256 {stated}, found {found}; the file is damaged: "
+            "train again or restore it with dvc checkout"
+        )
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: expected plain tensors, found something that was not loaded ({reason})") from None
+    version = loaded.pop("format", None) if isinstance(loaded, dict) else None
+    if version != FORMAT:
+        raise UserError(f"{path}: expected a checkpoint of format {FORMAT}, found {version or 'none'}; train again")
+    try:
+        return json.loads(loaded.pop("metadata")), loaded
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: expected metadata as JSON, found none; train again") from None
+
+
+class _NoFirstWeights(TorchFunctionMode):
+    """Modules made meanwhile do not draw their first weights, and so touch no memory, however large they claim to be.
+
+    Torch's own device for that, meta, imports its compiler, which takes a second.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Field by field what differs in names, shapes and types of two sets of weights; empty where nothing does."""
+    lines = [f"{name} is missing" for name in expected if name not in found]
+    lines += [f"{name} is unknown" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        wanted, got = (f"{weight.dtype} {list(weight.shape)}" for weight in (expected[name], found[name]))
+        if wanted != got:
+            lines.append(f"{name}: expected {wanted}, found {got}")
+    return "; ".join(sorted(lines))

@@ -1,0 +1,47 @@
+"""What a model is made of: the section `model`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gpt.core.params import Section
+
+
+class ModelConfig(Section):
+    """The section `model`; the simpler kinds pass over the keys that say nothing about them."""
+
+    kind: Literal["bigram", "average", "head", "gpt"]
+    n_layer: int = Field(ge=1)
+    n_head: int = Field(ge=1)
+    n_embd: int = Field(ge=1)
+    block_size: int = Field(ge=1)
+    position: Literal["learned", "sinusoidal", "relative", "rotary", "alibi", "none"]
+    ngram: int = Field(ge=1, le=6)
+    ngram_rows: int = Field(ge=1)
+    ngram_width: int = Field(ge=1)
+    norm: Literal["layer", "rms"]
+    qk_norm: bool
+    activation: Literal["relu", "gelu", "relu2", "swiglu"]
+    bias: bool
+    tie_embeddings: bool
+    dropout: float = Field(ge=0, lt=1)
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head: the heads share the width."""
+        return self.n_embd // self.n_head
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> "ModelConfig":
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd: expected a multiple of n_head ({self.n_head}), found {self.n_embd}; change one of the two"
+            )
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(
+                f"n_embd: expected an even number of channels a head for position rotary, found "
+                f"{self.head_size}; change n_embd or n_head"
+            )
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"n_embd: expected an even number for position sinusoidal, found {self.n_embd}; change it")
+        return self

@@ -1,0 +1,1 @@
+"""The training loop and all that makes it exact, distributed and resumable."""

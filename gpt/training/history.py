@@ -1,0 +1,81 @@
+"""The history of a training run: appended live as JSON lines, written at the end as a table without timings."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import pandas as pd
+
+from gpt.core.files import atomic_write, explain_os_errors
+
+TRAINING = ["step", "train_loss", "learning_rate", "grad_norm"]  # what a re-run repeats bit for bit
+VALIDATION = ["step", "val_loss"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was seen at one step: losses in nats a token, the time in seconds since 1970.
+
+    `train_loss` is the mean over the steps since the record before; `val_loss` is there at evaluation steps only.
+    """
+
+    step: int
+    train_loss: float
+    val_loss: float | None
+    learning_rate: float
+    grad_norm: float
+    time: float
+    tokens_per_second: float
+
+
+class History:
+    """The records of a run so far, in memory and in the file that others follow."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[Record] = []
+
+    def resume(self, step: int) -> None:
+        """Take up the records of an earlier process up to a step and cut off those after it."""
+        self.records = [record for record in read_records(self.path) if record.step <= step]
+        with atomic_write(self.path) as file:
+            file.write("".join(map(_line, self.records)).encode())
+
+    def append(self, record: Record) -> None:
+        """Add a record; whoever follows the file sees it at once."""
+        self.records.append(record)
+        with explain_os_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+    def flush(self) -> None:
+        """Bring the records to the disk, so that no saved state is ever ahead of them."""
+        if self.records:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def write_csv(self, training: Path, validation: Path) -> None:
+        """Write what was seen as two tables, the same bytes for the same training.
+
+        Two, since losses on the validation split are rarer, and plots take an empty cell for a zero.
+        """
+        table = pd.DataFrame(
+            [asdict(record) for record in self.records], columns=[each.name for each in fields(Record)]
+        )
+        _write_table(training, table[TRAINING])
+        _write_table(validation, table[VALIDATION].dropna())
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read the records of a history file; a last line that a killed process left half-written is passed over."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [Record(**{"val_loss": None, **json.loads(line)}) for line in lines if line.endswith("\n")]
+
+
+def _line(record: Record) -> str:
+    return json.dumps({key: value for key, value in asdict(record).items() if value is not None}) + "\n"
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    with atomic_write(path) as file:
+        file.write(table.to_csv(index=False, lineterminator="\n").encode())

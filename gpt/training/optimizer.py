@@ -1,0 +1,80 @@
+"""What moves the weights: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest; their rates."""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from gpt.core.params import Section
+from gpt.training.muon import Muon, Ranks
+
+
+class OptimizerParams(Section):
+    """Those keys of the section `train` that say how the weights move."""
+
+    max_steps: int = Field(ge=1)
+    optimizer: Literal["adamw", "muon"]
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(ge=0)
+    warmup_steps: int = Field(ge=0)
+    schedule: Literal["cosine", "linear"]
+    beta1: float = Field(ge=0, lt=1)
+    beta2: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    muon_learning_rate: float = Field(gt=0)
+    muon_momentum: float = Field(ge=0, lt=1)
+    muon_weight_decay: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _rates_fall(self) -> "OptimizerParams":
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate: expected at most learning_rate ({self.learning_rate}), found "
+                f"{self.min_learning_rate}; lower it"
+            )
+        return self
+
+
+def make_optimizers(params: OptimizerParams, model: nn.Module, ranks: Ranks) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov & Hutter 2019), and Muon before it where it is asked for.
+
+    AdamW's weight decay is for embeddings and matrices: norms have nothing to shrink towards.
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    inner = {name for name, weight in weights.items() if name.startswith("blocks.") and weight.dim() == 2}
+    matrices = inner if params.optimizer == "muon" else set()
+    others = [weight for name, weight in weights.items() if name not in matrices]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [weight for weight in others if weight.dim() >= 2], "weight_decay": params.weight_decay},
+            {"params": [weight for weight in others if weight.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=params.learning_rate,
+        betas=(params.beta1, params.beta2),
+        fused=True,
+    )
+    if not matrices:
+        return [adamw]
+    muon = Muon(
+        [weights[name] for name in sorted(matrices)],
+        ranks,
+        lr=params.muon_learning_rate,
+        momentum=params.muon_momentum,
+        weight_decay=params.muon_weight_decay,
+    )
+    return [muon, adamw]
+
+
+def learning_rate_at(step: int, params: OptimizerParams) -> float:
+    """AdamW's learning rate at step 1, 2, …, max_steps: a linear rise, then a fall; Muon's keeps its proportion to it.
+
+    It falls along half a cosine (Loshchilov & Hutter 2017) or a line (Defazio et al. 2023).
+    """
+    highest, lowest = params.learning_rate, params.min_learning_rate
+    if step <= params.warmup_steps:
+        return highest * step / (params.warmup_steps + 1)
+    progress = (step - params.warmup_steps) / max(1, params.max_steps - params.warmup_steps)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if params.schedule == "cosine" else 1 - progress
+    return lowest + (highest - lowest) * left

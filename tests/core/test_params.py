@@ -1,0 +1,124 @@
+"""A params file says what it means, or the one line says what is wrong with it."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt.commands.check_params import check_params
+from gpt.core.errors import UserError
+from gpt.core.params import read_section
+from gpt.training.trainer import TrainParams
+from tests.conftest import RunGpt
+from tests.support.common import ROOT, only_line, write_params
+
+PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_every_preset_is_valid(path: Path) -> None:
+    assert len(check_params(path)) == 7
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_every_key_has_a_comment(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    for before, line in itertools.pairwise(lines):
+        if line.startswith("  ") and ":" in line and not line.strip().startswith(("#", "-")):
+            assert "#" in line or "kind:" in line or before.strip().startswith("#"), line
+
+
+BAD: list[tuple[dict[str, Any], list[str]]] = [
+    ({"train__learning_rat": 0.1}, ["train.learning_rat", "unknown key", "did you mean 'learning_rate'?"]),
+    ({"train__batch_size": "many"}, ["train.batch_size", "expected a valid integer", "'many'"]),
+    ({"train__batch_size": 16.0}, ["train.batch_size", "expected a valid integer", "16.0"]),
+    ({"train__batch_size": True}, ["train.batch_size", "expected a valid integer", "True"]),
+    ({"train__learning_rate": "1e-3x"}, ["train.learning_rate", "expected a valid number", "1e-3x"]),
+    ({"train__learning_rate": float("nan")}, ["train.learning_rate", "finite"]),
+    ({"train__max_steps": 0}, ["train.max_steps", "greater than or equal to 1", "0"]),
+    ({"model__n_embd": 33}, ["model.n_embd", "multiple of n_head (2)", "33"]),
+    ({"train__shards": 3}, ["train.shards", "power of two", "3"]),
+    ({"train__batch_size": 18}, ["train.batch_size", "multiple of shards (4)", "18"]),
+    ({"train__device": "gpu"}, ["train.device", "'cuda'", "gpu"]),
+    ({"train__min_learning_rate": 1.0}, ["train.min_learning_rate", "at most learning_rate", "1.0"]),
+    ({"generate__prompts": []}, ["generate.prompts", "at least 1"]),
+    ({"generate__temperature": -1}, ["generate.temperature", "-1"]),
+    ({"tokenize__train_fraction": 1.0}, ["tokenize.train_fraction", "less than 1"]),
+    ({"tokenize__kind": "morse"}, ["tokenize.kind", "'char', 'word', 'bpe', 'wordpiece' or 'tiktoken'", "morse"]),
+    ({"tokenize__vocab_size": 1}, ["tokenize.vocab_size", "greater than or equal to 2", "1"]),
+    ({"tokenize__ranks": []}, ["tokenize.ranks", "at least one source", "an empty list"]),
+    ({"tokenize__ranks_sha256": None}, ["tokenize.ranks_sha256", "valid string", "null"]),
+    ({"tokenize__ranks_sha256": "306c"}, ["tokenize.ranks_sha256", "64 hexadecimal digits", "'306c'"]),
+    ({"launch__processes": 3}, ["launch.processes", "power of two", "3"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), BAD, ids=[next(iter(changes)) for changes, _ in BAD])
+def test_a_wrong_value_is_named(tmp_path: Path, changes: dict[str, object], expected: list[str]) -> None:
+    path = write_params(tmp_path / "params.yaml", **changes)
+    with pytest.raises(UserError) as error:
+        check_params(path)
+    assert "\n" not in str(error.value)
+    for part in [str(path), *expected]:
+        assert part in str(error.value)
+
+
+TEXTS = {
+    "doubled key": ("train:\n  seed: 1\n  seed: 2\n", ["seed is given twice", "line 3"]),
+    "no YAML": ("train: [1,\n", ["expected YAML", "line"]),
+    "a list": ("- 1\n", ["expected sections of keys", "[1]"]),
+    "empty": ("", ["expected sections of keys", "nothing"]),
+    "section is a number": ("train: 3\n", ["train", "expected a section", "3"]),
+    "no section": ("trian: {}\n", ["train", "missing", "did you mean 'trian'?"]),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_file_of_another_form_is_refused(tmp_path: Path, name: str) -> None:
+    text, expected = TEXTS[name]
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        read_section(tmp_path / "params.yaml", "train", TrainParams)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_a_missing_key_is_named_even_where_commands_have_a_default(tmp_path: Path) -> None:
+    path = write_params(tmp_path / "params.yaml")
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "temperature" not in line))
+    with pytest.raises(UserError, match=r"generate\.temperature: this key is missing"):
+        check_params(path)
+
+
+def test_an_unknown_section_is_named(tmp_path: Path) -> None:
+    path = write_params(tmp_path / "params.yaml")
+    path.write_text(path.read_text() + "evalute: {}\n")
+    with pytest.raises(UserError, match="evalute: unknown section; did you mean 'evaluate'"):
+        check_params(path)
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
+    path = write_params(tmp_path / "params.yaml")
+    path.write_text(path.read_text().replace("learning_rate: 0.01", "learning_rate: 1e-2"))
+    assert read_section(path, "train", TrainParams).learning_rate == 0.01
+
+
+def test_options_override_the_file(tmp_path: Path) -> None:
+    path = write_params(tmp_path / "params.yaml")
+    changed = read_section(path, "train", TrainParams, ["train.max_steps=7", "model.n_layer=9"])
+    assert changed.max_steps == 7
+    for wrong in ("train.max_step=7", "trains.max_steps=7", "max_steps=7", "train.max_steps"):
+        with pytest.raises(UserError, match="--set"):
+            read_section(path, "train", TrainParams, [wrong])
+
+
+def test_the_command_says_one_line_and_exits_with_2(gpt: RunGpt, tmp_path: Path) -> None:
+    assert gpt("check-params", ROOT / "params.yaml").returncode == 0
+    path = write_params(tmp_path / "wrong.yaml", train__shards=3)
+    done = gpt("check-params", path)
+    assert done.returncode == 2
+    assert "train.shards" in only_line(done.stderr)
+    done = gpt("check-params", tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert "none.yaml" in only_line(done.stderr)

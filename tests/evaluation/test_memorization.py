@@ -1,0 +1,50 @@
+"""Copies of the training text are found wherever they stand, and nothing else is."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt.evaluation.memorization import Copies, find_copies
+
+
+@pytest.mark.parametrize(
+    ("texts", "corpus", "window", "expected"),
+    [
+        (["the cat sat"], "a cat sat down", 4, Copies(5 / 8, " cat sat")),  # " cat", "cat ", "at s", "t sa" and " sat"
+        (["abc", "def"], "abcdef", 3, Copies(1.0, "abc")),
+        (["ab", "cd"], "abcd", 3, Copies(0.0, "ab")),  # nothing runs over the border of two texts
+        (["xyxy"], "abab", 2, Copies(0.0, "")),
+        (["abcabc"], "xabcx", 3, Copies(0.5, "abc")),
+        (["🙂é🙂"], "é🙂é", 2, Copies(1.0, "🙂é")),
+        (["", "ab", ""], "b", 1, Copies(0.5, "b")),
+        (["ab"], "", 1, Copies(0.0, "")),
+        ([], "ab", 1, Copies(0.0, "")),
+    ],
+)
+def test_by_hand(texts: list[str], corpus: str, window: int, expected: Copies) -> None:
+    assert find_copies(texts, corpus, window) == expected
+
+
+def slow_copies(texts: list[str], corpus: str, window: int) -> Copies:
+    windows = [text[start : start + window] for text in texts for start in range(len(text) - window + 1)]
+    stretches = [t[start:end] for t in texts for start in range(len(t)) for end in range(start + 1, len(t) + 1)]
+    longest = max((stretch for stretch in stretches if stretch in corpus), key=len, default="")
+    return Copies(sum(each in corpus for each in windows) / max(len(windows), 1), longest)
+
+
+TEXT = st.text(alphabet="ab\0", max_size=24)
+
+
+@given(st.lists(TEXT, max_size=3), TEXT, st.integers(1, 7), st.data())
+def test_as_the_obvious_way_finds_them(texts: list[str], corpus: str, window: int, data: st.DataObject) -> None:
+    for text in texts[:1]:  # a copy longer than chance makes it
+        corpus += text[data.draw(st.integers(0, len(text))) :]
+    assert find_copies(texts, corpus, window) == slow_copies(texts, corpus, window)
+
+
+def test_a_megabyte_takes_a_moment_even_where_everything_repeats() -> None:
+    began = time.process_time()
+    assert find_copies(["ab" * 500, "x" * 1000], "ab" * 500_000).longest == "ab" * 500
+    assert time.process_time() - began < 3  # takes 0.4 s; comparing every pair of places would take minutes

@@ -1,0 +1,44 @@
+"""The average of the weights is the textbook's, and it is what is measured and kept."""
+
+import pytest
+import torch
+from torch import nn
+
+from gpt.data.token_files import TokenData
+from gpt.model.baselines import make_model
+from gpt.training.distributed import process_group
+from gpt.training.ema import WeightAverage
+from gpt.training.trainer import Trainer
+from tests.support.common import model_params, train_params
+
+
+def test_the_average_by_hand() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(10.0)
+        average = WeightAverage(model, decay=0.2)
+        model.weight.fill_(0.0)
+        average.update(step=1)  # keeps (1 + 1) / (10 + 1) of the 10
+        assert float(average.weights["weight"]) == pytest.approx(10 * 2 / 11)
+        average.update(step=5)  # keeps 0.2, the decay, from now on
+        assert float(average.weights["weight"]) == pytest.approx(10 * 2 / 11 * 0.2)
+        with average.in_use():
+            assert torch.equal(model.weight, average.weights["weight"])
+        assert float(model.weight) == 0.0
+
+
+def test_the_average_is_what_is_measured_and_kept(data: TokenData) -> None:
+    params = train_params(max_steps=30, eval_interval=30, weight_average=0.9)
+    with process_group(torch.device("cpu"), timeout_s=30) as group:
+        torch.manual_seed(0)
+        trainer = Trainer(params, make_model(model_params(), data.meta.vocab_size), data, group)
+        for _ in range(10):
+            trainer.train_step()
+        loss = trainer.evaluate()
+        assert trainer.average
+        for name, weight in trainer.best.items():
+            assert torch.equal(weight, trainer.average.weights[name])
+        assert not torch.equal(trainer.best["output.weight"], trainer.model.state_dict()["output.weight"])
+        trainer.model.load_state_dict(trainer.best)
+        trainer.average = None
+        assert trainer.evaluate() == loss

@@ -60,7 +60,7 @@ def race(races: list[dict[str, Any]]) -> Figure:
             axes.plot(seconds, losses, color=COLOURS[one["name"]], marker="o", markersize=4, linewidth=1, label=label)
     axes.axhline(1.898, color="#888888", linewidth=0.8, linestyle=":")
     axes.annotate(
-        "1.898, nanoGPT's code", (0, 1.898), xytext=(2, 3), textcoords="offset points", color="#666666", fontsize=8
+        "1.898, published", (0, 1.898), xytext=(2, 3), textcoords="offset points", color="#666666", fontsize=8
     )
     axes.set(xlabel="seconds of training on two cores", ylabel="validation loss (nats a character)")
     axes.set_xlim(left=0)

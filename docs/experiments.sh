@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Records what docs/experiments.md shows: bash docs/experiments.sh FOLDER, with the environment's bin on PATH.
-# Clones this repository into FOLDER, which must not be there yet, and prints commands and outputs; takes a few minutes.
+# Records the outputs of docs/experiments.md: bash docs/experiments.sh FOLDER, with the environment's bin folder on PATH.
+# Clones this repository into FOLDER, which must not exist, runs the commands and prints them with their outputs. This
+# takes a few minutes.
 set -euo pipefail
 git clone --quiet "$(dirname "$0")/.." "$1"
 cd "$1"

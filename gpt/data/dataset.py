@@ -25,8 +25,8 @@ def check_lengths(data: TokenData, *, block_size: int) -> None:
     if min(len(data.train), len(data.val)) < required:
         raise UserError(
             f"the text is too short: expected at least {required:,} tokens in each split ({MIN_BLOCKS} blocks of "
-            f"model.block_size {block_size:,}), found {len(data.train):,} for training and {len(data.val):,} for "
-            f"validation; {_remedies(len(data.train), len(data.val), required)}"
+            f"model.block_size {block_size:,}), found {len(data.train):,} to train on and {len(data.val):,} to "
+            f"validate on; {_remedies(len(data.train), len(data.val), required)}"
         )
 
 

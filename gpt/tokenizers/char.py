@@ -21,7 +21,10 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_chunks(cls, chunks: Iterable[str]) -> Self:
         """Create the tokenizer with the characters of a text that is given in chunks."""
-        return cls("".join(sorted(set[str]().union(*chunks))))
+        characters = set[str]()
+        for chunk in chunks:
+            characters.update(chunk)
+        return cls("".join(sorted(characters)))
 
     @property
     def alphabet(self) -> str:

@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 INSTALL = python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test proof chaos bench ui clean lock pictures
+.PHONY: help repro test proof chaos bench ui clean lock plots
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -39,8 +39,8 @@ clean: ## Delete what can be made again: environment, outputs, caches; runs and 
 	rm -f data/shakespeare.txt chargpt_nano.pt generation_out.txt gpt_nano.log
 	find gpt stages benchmarks tests -name __pycache__ -exec rm -rf {} +
 
-pictures: $(VENV)/pipeline ## Draw the pictures of README and docs, and print a head's scores there, from the pipeline's outputs
-	python -m docs.pictures
+plots: $(VENV)/pipeline ## Create the plots of README and docs from the outputs of the pipeline
+	python -m docs.plots
 
 lock: $(VENV)/test ## Write the exact versions of this environment into requirements.lock
 	{ echo '# Exact public versions that every `make` target installs, as constraints. Written by: make lock'; \

@@ -1,4 +1,4 @@
-"""Cut a text into tokens: training and validation split, the tokenizer, and a summary of them."""
+"""Tokenize a text: split it, train the tokenizer on the training split, and write the token files."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,16 +12,16 @@ from gpt.data.prepare import TokenizeParams, tokenize
 
 def command(
     params: ParamsFile,
-    corpus: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to cut into tokens.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the token files.")],
+    corpus: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to tokenize.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Output folder for the token files.")],
     changes: Changes = [],  # noqa: B006 (Typer copies it)
     log_file: LogFile = LOG_FILE,
 ) -> None:
-    """Read the section, cut the text, say what came out."""
+    """Read the section, tokenize, report the sizes."""
     with logging_to(log_file, "tokenize"):
         meta = tokenize(params=read_section(params, "tokenize", TokenizeParams, changes), corpus=corpus, out=out)
         length = (meta.train_characters + meta.val_characters) / (meta.train_tokens + meta.val_tokens)
         report(
-            f"{meta.vocab_size:,} symbols; {meta.train_tokens:,} tokens to train on, "
-            f"{meta.val_tokens:,} to validate on, {length:.2f} characters a token -> {out}"
+            f"vocabulary of {meta.vocab_size:,} tokens; {meta.train_tokens:,} training tokens, {meta.val_tokens:,} "
+            f"validation tokens, {length:.2f} characters per token -> {out}"
         )

@@ -1,4 +1,4 @@
-"""The batches: random windows to train on, and windows that cover the validation split exactly once."""
+"""Windows of the token files: random or shuffled ones for training, consecutive ones for evaluation."""
 
 import math
 from functools import lru_cache
@@ -12,43 +12,42 @@ from gpt.data.token_files import Split, TokenData
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-MIN_BLOCKS = 4  # in each split; on fewer, the loss says more about the place than about the model
+MIN_BLOCKS = 4  # of each split; the loss over fewer blocks depends too much on where they are
 
 
 def check_lengths(data: TokenData, *, block_size: int) -> None:
-    """Refuse a text that is too short to train on with this block size.
+    """Check that the text is long enough for this block size.
 
     Raises:
-        UserError: one of the splits has fewer than `MIN_BLOCKS` blocks.
+        UserError: a split has fewer than `MIN_BLOCKS` blocks.
     """
-    needed = MIN_BLOCKS * block_size
-    if min(len(data.train), len(data.val)) < needed:
+    required = MIN_BLOCKS * block_size
+    if min(len(data.train), len(data.val)) < required:
         raise UserError(
-            f"the text is too short: expected at least {needed:,} tokens in each split ({MIN_BLOCKS} blocks of "
+            f"the text is too short: expected at least {required:,} tokens in each split ({MIN_BLOCKS} blocks of "
             f"model.block_size {block_size:,}), found {len(data.train):,} to train on and {len(data.val):,} to "
-            f"validate on; {_remedies(len(data.train), len(data.val), needed)}"
+            f"validate on; {_remedies(len(data.train), len(data.val), required)}"
         )
 
 
 def shuffled_windows(
     split: Split, *, first: int, count: int, block_size: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take windows first, first + 1, … of an endless row of epochs: each visits every place of the split once.
+    """Return windows first, first + 1, … of an endless sequence of epochs; an epoch covers the split once.
 
-    In every epoch the split is cut at other places and its windows are shuffled anew.
+    Each epoch starts at another offset and shuffles its windows in another order.
 
     Returns:
-        Inputs and targets as `random_windows` gives them.
+        Inputs and targets as in `random_windows`.
     """
-    windows = _windows_an_epoch(len(split), block_size)
-    numbers = np.arange(first, first + count)
-    epochs, places = numbers // windows, numbers % windows
-    starts = np.array([_starts(len(split), block_size, seed, int(e))[p] for e, p in zip(epochs, places, strict=True)])
-    return _windows_at(split, starts, block_size)
+    windows = _windows_per_epoch(len(split), block_size)
+    epochs, indices = np.divmod(np.arange(first, first + count), windows)
+    starts = [_epoch_starts(len(split), block_size, seed, int(e))[i] for e, i in zip(epochs, indices, strict=True)]
+    return _windows_at(split, np.array(starts), block_size)
 
 
 def random_windows(split: Split, *, count: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw windows at random starts, with replacement, from torch's current random state.
+    """Sample windows at random starts, with replacement, with torch's default generator.
 
     Returns:
         Inputs and targets, each of shape (count, block_size), int64: the target of a token is the token after it.
@@ -57,16 +56,16 @@ def random_windows(split: Split, *, count: int, block_size: int) -> tuple[torch.
 
 
 def evaluation_windows(data: TokenData, *, block_size: int, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut the validation split so that every one of its tokens is a target exactly once.
+    """Split the validation tokens into windows such that each of them is a target exactly once.
 
-    The token before the first target is the last one of the training split: the text goes on there.
+    The input of the first target is the last token of the training split.
 
     Returns:
-        Batches of inputs and targets, each of shape (≤ batch_size, ≤ block_size): full blocks in order, then, in a
-        batch of its own, the shorter rest.
+        Batches of inputs and targets, each of shape (≤ batch_size, ≤ block_size): full blocks in order, then a batch
+        with the shorter remainder.
     """
-    stream = torch.from_numpy(np.concatenate([data.train[-1:], data.val]).astype(np.int64))
-    inputs, targets = stream[:-1], stream[1:]
+    tokens = torch.from_numpy(np.concatenate([data.train[-1:], data.val]).astype(np.int64))
+    inputs, targets = tokens[:-1], tokens[1:]
     full = len(targets) // block_size * block_size
     batches = list(
         zip(
@@ -85,27 +84,29 @@ def _windows_at(split: Split, starts: Numbers, block_size: int) -> tuple[torch.T
     return windows[:, :-1], windows[:, 1:]
 
 
-def _windows_an_epoch(length: int, block_size: int) -> int:
-    """How many windows with their targets fit, wherever in the first block the first one starts."""
+def _windows_per_epoch(length: int, block_size: int) -> int:
+    """Number of windows, with their targets, that fit at every offset below the block size."""
     return (length - 1) // block_size - 1
 
 
-@lru_cache(maxsize=2)  # a step may lie across the border of two epochs
-def _starts(length: int, block_size: int, seed: int, epoch: int) -> Numbers:
-    """Where the windows of an epoch start, in their order."""
-    chance = np.random.Generator(np.random.PCG64([seed, epoch]))
-    first = chance.integers(block_size)
-    return first + block_size * chance.permutation(_windows_an_epoch(length, block_size))
+@lru_cache(maxsize=2)  # a batch may contain windows of two epochs
+def _epoch_starts(length: int, block_size: int, seed: int, epoch: int) -> Numbers:
+    """The start of each window of an epoch, in shuffled order."""
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    offset = generator.integers(block_size)
+    return offset + block_size * generator.permutation(_windows_per_epoch(length, block_size))
 
 
-def _remedies(train: int, val: int, needed: int) -> str:
-    """What makes both splits at least as long as needed, the least effort first."""
+def _remedies(train: int, val: int, required: int) -> str:
+    """Settings that make both splits long enough, the smallest change first."""
     shorter, total = min(train, val), train + val
-    found = []
+    remedies = []
     if shorter >= MIN_BLOCKS:
-        found.append(f"set model.block_size to at most {shorter // MIN_BLOCKS}")
-    if total >= 2 * needed:
-        percent = 100 * needed / total
-        bound = f"at most {math.floor(100 - percent) / 100}" if val < needed else f"at least {math.ceil(percent) / 100}"
-        found.append(f"set tokenize.train_fraction to {bound}")
-    return ", or ".join([*found, f"take a text of {math.ceil(total * needed / shorter):,} tokens or more"])
+        remedies.append(f"set model.block_size to at most {shorter // MIN_BLOCKS}")
+    if total >= 2 * required:
+        percent = 100 * required / total
+        bound = (
+            f"at most {math.floor(100 - percent) / 100}" if val < required else f"at least {math.ceil(percent) / 100}"
+        )
+        remedies.append(f"set tokenize.train_fraction to {bound}")
+    return ", or ".join([*remedies, f"use a text of at least {math.ceil(total * required / shorter):,} tokens"])

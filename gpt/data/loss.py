@@ -1,4 +1,4 @@
-"""How well a model predicts a text: the loss at every token of the validation split, each predicted once."""
+"""The loss of a model on batches of tokens."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ Batch = tuple[Tensor, Tensor]
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout is off meanwhile."""
+    """Switch the model to evaluation mode (no dropout) inside the block."""
     was_training = model.training
     model.eval()
     try:
@@ -24,13 +24,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def token_losses(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> list[Tensor]:
-    """The loss of every prediction in nats, of shape (sequences, positions) for each batch, on the CPU in float64."""
+    """The loss of every target in nats, shape (sequences, positions) for each batch, float64 on the CPU."""
     with eval_mode(model):
         return [batch_losses(model, batch, device)[0] for batch in batches]
 
 
 def batch_losses(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses of a batch as `losses` gives them; its logits and its targets on the device."""
+    """The losses of one batch as in `token_losses`, and its logits and targets on the device."""
     inputs_BT, targets_BT = (part_BT.to(device) for part_BT in batch)
     logits_BTV = model(inputs_BT)
     loss = next_token_loss(logits_BTV, targets_BT, reduction="none")

@@ -1,4 +1,4 @@
-"""Cut a text into tokens: training and validation split, the tokenizer, and a summary of them."""
+"""Tokenize a corpus: split it, train the tokenizer on the training split, and write the token folder."""
 
 import codecs
 import io
@@ -23,9 +23,10 @@ from gpt.tokenizers.subword import BpeTokenizer, WordPieceTokenizer
 from gpt.tokenizers.tiktoken import TiktokenTokenizer
 from gpt.tokenizers.word import WordTokenizer
 
-PIECE_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 18
 
-LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)  # up to the last lone one, where every kind of tokenizer cuts anyway
+# Up to the last single line feed between two characters that are no whitespace: no tokenizer has a token across it.
+UP_TO_LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 
 
 class TokenizeParams(Section):
@@ -40,47 +41,46 @@ class TokenizeParams(Section):
 
 
 @dataclass(frozen=True)
-class Splits:
-    """A text in a file, of so many characters; the first ones are for training."""
+class Corpus:
+    """A text file whose first `train_characters` characters are the training split."""
 
-    corpus: Path
+    path: Path
     characters: int
     train_characters: int
 
     def train(self) -> Iterator[str]:
-        """The training text in pieces that can be cut into tokens one by one."""
-        return _at_line_ends(_between(_pieces(self.corpus), 0, self.train_characters))
+        """The training split in chunks that can be encoded independently."""
+        return _split_at_line_ends(_slice(_read_chunks(self.path), 0, self.train_characters))
 
     def val(self) -> Iterator[str]:
-        """The validation text, likewise."""
-        return _at_line_ends(_between(_pieces(self.corpus), self.train_characters, self.characters))
+        """The validation split, likewise."""
+        return _split_at_line_ends(_slice(_read_chunks(self.path), self.train_characters, self.characters))
 
 
 def tokenize(*, params: TokenizeParams, corpus: Path, out: Path, limits: Limits = LIMITS) -> Meta:
     """Write `train.bin`, `val.bin`, `tokenizer.json` and `meta.json` into the folder `out`.
 
-    The tokenizer learns from the training split alone. The text passes through memory in pieces, once for each thing
-    that is learned or written.
+    The tokenizer is trained on the training split only. The text is read in chunks, once for each step that needs it.
 
     Args:
-        limits: what fetching the ranks may cost, where the kind needs any.
+        limits: time-outs and retries of the download of the tiktoken ranks.
 
     Raises:
-        UserError: the corpus is missing, empty, not UTF-8, made of one symbol only, or its validation split holds
-            characters that the tokenizer cannot know; the vocabulary is too small; no source gives the ranks.
+        UserError: the corpus is missing, empty, not UTF-8 or consists of one distinct character; its validation split
+            contains characters that the tokenizer cannot encode; the vocabulary is too small; no source has the ranks.
     """
     prepare_output(out / "meta.json")
-    splits = _split(corpus, params.train_fraction)
-    tokenizer = _learn(params, splits, limits)
+    text = _open_corpus(corpus, params.train_fraction)
+    tokenizer = _make_tokenizer(params, text, limits)
     dtype = token_dtype(tokenizer.vocab_size)
     meta = Meta(
         kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size,
         dtype=dtype,
-        train_tokens=_write(tokenizer, splits.train(), out / "train.bin", dtype),
-        val_tokens=_write(tokenizer, splits.val(), out / "val.bin", dtype),
-        train_characters=splits.train_characters,
-        val_characters=splits.characters - splits.train_characters,
+        train_tokens=_write_tokens(tokenizer, text.train(), out / "train.bin", dtype),
+        val_tokens=_write_tokens(tokenizer, text.val(), out / "val.bin", dtype),
+        train_characters=text.train_characters,
+        val_characters=text.characters - text.train_characters,
         corpus_sha256=sha256_file(corpus),
     )
     write_json(out / "tokenizer.json", tokenizer.to_json())
@@ -88,87 +88,87 @@ def tokenize(*, params: TokenizeParams, corpus: Path, out: Path, limits: Limits 
     return meta
 
 
-def _split(corpus: Path, fraction: float) -> Splits:
-    """Count the characters and cut the text in two."""
-    characters = sum(len(piece) for piece in _pieces(corpus))
+def _open_corpus(path: Path, train_fraction: float) -> Corpus:
+    """Count the characters and compute where the validation split starts."""
+    characters = sum(map(len, _read_chunks(path)))
     if characters == 0:
-        raise UserError(f"{corpus}: expected a text to learn from, found an empty file; put the text there")
-    train_characters = int(characters * fraction)
+        raise UserError(f"{path}: expected a training text, found an empty file; put a text there")
+    train_characters = int(characters * train_fraction)
     if not 0 < train_characters < characters:
         raise UserError(
-            f"tokenize.train_fraction: expected a part of {characters:,} characters on both sides, found "
-            f"{fraction}, which leaves one side empty; choose a longer text"
+            f"tokenize.train_fraction: expected two splits that are not empty, found {train_fraction} of "
+            f"{characters:,} characters; use a longer text"
         )
-    return Splits(corpus, characters, train_characters)
+    return Corpus(path, characters, train_characters)
 
 
-def _learn(params: TokenizeParams, splits: Splits, limits: Limits) -> Tokenizer:
-    """Make the tokenizer from the training split, or the ranks, and prove that it knows the validation split.
+def _make_tokenizer(params: TokenizeParams, corpus: Corpus, limits: Limits) -> Tokenizer:
+    """Load or train the tokenizer, and check that it can encode the validation split.
 
-    One that was made before is taken as it is; what it does not know, its `encode` names.
+    With `init_from` there is no such check: `encode` reports unknown characters.
     """
     if params.init_from:
         return _load_tokenizer(Path(params.init_from))
-    characters = CharTokenizer.from_chunks(splits.train())
+    characters = CharTokenizer.from_chunks(corpus.train())
     if characters.vocab_size == 1:
         raise UserError(
-            f"{splits.corpus}: expected at least two different characters, found {characters.vocabulary!r} "
-            f"{splits.train_characters:,} times in the training split; there is nothing to learn in it: choose another "
-            "text"
+            f"{corpus.path}: expected at least two different characters in the training split, found "
+            f"{characters.vocabulary!r} {corpus.train_characters:,} times; use another text"
         )
     if params.kind == "bpe":
-        return BpeTokenizer.train(splits.train(), params.vocab_size)
+        return BpeTokenizer.train(corpus.train(), params.vocab_size)
     if params.kind == "tiktoken":
         ranks = io.BytesIO()
         fetch_first("tokenize.ranks", params.ranks, params.ranks_sha256, ranks, to="the ranks", limits=limits)
         return TiktokenTokenizer.from_tiktoken(ranks.getvalue())
-    _check_validation(splits, characters, params.train_fraction)
+    _check_validation_split(corpus, characters, params.train_fraction)
     if params.kind == "word":
-        return WordTokenizer.train(splits.train(), characters.vocabulary, params.vocab_size)
+        return WordTokenizer.train(corpus.train(), characters.vocabulary, params.vocab_size)
     if params.kind == "wordpiece":
-        return WordPieceTokenizer.train(splits.train(), characters.vocabulary, params.vocab_size)
+        return WordPieceTokenizer.train(corpus.train(), characters.vocabulary, params.vocab_size)
     return characters
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of an earlier training, for more training on another text."""
+    """The tokenizer of the checkpoint that training starts from."""
     if not path.is_file():
         raise UserError(
-            f"tokenize.init_from: expected a tokenizer.json, found no file {path}; copy one out of data/tokens first, "
-            "whose content this stage replaces, or set it to null"
+            f"tokenize.init_from: expected a tokenizer.json, found no file {path}; copy it from data/tokens, which "
+            "this stage overwrites, or set the key to null"
         )
     return tokenizer_from_json(read_json(path))
 
 
-def _check_validation(splits: Splits, known: CharTokenizer, fraction: float) -> None:
-    """Refuse a validation text with characters that the training text never shows."""
-    unknown = set(CharTokenizer.from_chunks(splits.val()).vocabulary) - set(known.vocabulary)
+def _check_validation_split(corpus: Corpus, known: CharTokenizer, train_fraction: float) -> None:
+    """Raise a UserError if the validation split has characters that the training split does not have."""
+    unknown = set(CharTokenizer.from_chunks(corpus.val()).vocabulary) - set(known.vocabulary)
     if unknown:
         raise UserError(
-            f"{splits.corpus}: expected only the {known.vocab_size} characters of the training split in the validation "
-            f"split, found {format_characters(unknown)}; set another tokenize.train_fraction (now {fraction}), or "
-            "tokenize.kind bpe, which takes any text, or leave them out"
+            f"{corpus.path}: expected only the {known.vocab_size} characters of the training split in the validation "
+            f"split, found {format_characters(unknown)}; the model cannot be scored on characters it never saw: "
+            f"change tokenize.train_fraction (now {train_fraction}), set tokenize.kind to bpe, which encodes any text, "
+            "or remove them"
         )
 
 
-def _pieces(corpus: Path) -> Iterator[str]:
-    """The text of a file in pieces, line ends untouched."""
+def _read_chunks(path: Path) -> Iterator[str]:
+    """Read a UTF-8 file in chunks, without newline conversion."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     try:
-        file = corpus.open("rb")
+        file = path.open("rb")
     except OSError as error:
-        raise UserError(f"{corpus}: expected a text file, found: {error.strerror}; run the download stage") from None
+        raise UserError(f"{path}: expected a text file, found: {error.strerror}; run the download stage") from None
     with file:
         while True:
-            data = file.read(PIECE_BYTES)
+            data = file.read(CHUNK_BYTES)
             pending = len(decoder.getstate()[0])
             try:
                 yield decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                at = offset - pending + error.start
+                position = offset - pending + error.start
                 raise UserError(
-                    f"{corpus}: expected UTF-8, found {error.reason} at byte {at:,} "
+                    f"{path}: expected UTF-8, found {error.reason} at byte {position:,} "
                     f"({error.object[error.start]:#04x}); convert it, for example with iconv -t utf-8"
                 ) from None
             if not data:
@@ -176,37 +176,37 @@ def _pieces(corpus: Path) -> Iterator[str]:
             offset += len(data)
 
 
-def _between(pieces: Iterator[str], first: int, end: int) -> Iterator[str]:
-    """The characters `first` to `end`, the latter not included, of a text in pieces."""
-    at = 0
-    for piece in pieces:
-        yield piece[max(first - at, 0) : max(end - at, 0)]
-        at += len(piece)
-        if at >= end:
+def _slice(chunks: Iterator[str], start: int, end: int) -> Iterator[str]:
+    """The characters `start` to `end` (exclusive) of a text in chunks."""
+    offset = 0
+    for chunk in chunks:
+        yield chunk[max(start - offset, 0) : max(end - offset, 0)]
+        offset += len(chunk)
+        if offset >= end:
             return
 
 
-def _at_line_ends(pieces: Iterator[str]) -> Iterator[str]:
-    """The same text cut behind lone line ends, so that each piece has the tokens that it has in the whole text.
+def _split_at_line_ends(chunks: Iterator[str]) -> Iterator[str]:
+    """Move the chunk boundaries to line ends, so that each chunk has the same tokens as in the whole text.
 
-    Where none comes for long the cut is anywhere: memory stays bounded.
+    A chunk without such a line end is passed on as it is: memory stays bounded.
     """
     rest = ""
-    for piece in pieces:
-        rest += piece
-        found = LINE_END.match(rest)
-        cut = found.end() if found else len(rest)
-        yield rest[:cut]
-        rest = rest[cut:]
+    for chunk in chunks:
+        rest += chunk
+        match = UP_TO_LINE_END.match(rest)
+        end = match.end() if match else len(rest)
+        yield rest[:end]
+        rest = rest[end:]
     yield rest
 
 
-def _write(tokenizer: Tokenizer, pieces: Iterator[str], path: Path, dtype: str) -> int:
-    """Encode the pieces into a file; returns the number of tokens."""
-    written = 0
+def _write_tokens(tokenizer: Tokenizer, chunks: Iterator[str], path: Path, dtype: str) -> int:
+    """Encode the chunks into a file; return the number of tokens."""
+    count = 0
     with atomic_write(path) as file:
-        for piece in pieces:
-            tokens = tokenizer.encode(piece)
+        for chunk in chunks:
+            tokens = tokenizer.encode(chunk)
             file.write(tokens.astype(dtype).tobytes())
-            written += len(tokens)
-    return written
+            count += len(tokens)
+    return count

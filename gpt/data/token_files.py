@@ -1,4 +1,4 @@
-"""The format of a token folder: two splits as plain little-endian numbers, the tokenizer, and a summary."""
+"""The token folder: `train.bin` and `val.bin` (little-endian token IDs), `tokenizer.json` and `meta.json`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ Split = np.ndarray[tuple[int], np.dtype[Any]]
 
 
 class Meta(Section):
-    """What `meta.json` says of the token files beside it."""
+    """The content of `meta.json`."""
 
     kind: Kind
     vocab_size: int
@@ -31,7 +31,7 @@ class Meta(Section):
 
 @dataclass(frozen=True)
 class TokenData:
-    """Both splits, each of shape (tokens,), with their tokenizer and summary."""
+    """Both splits, each of shape (tokens,), with their tokenizer and metadata."""
 
     train: Split
     val: Split
@@ -40,15 +40,15 @@ class TokenData:
 
 
 def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
-    """The smallest little-endian type that holds every token number."""
+    """The smallest of the two types that holds every token ID."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 def load_tokens(folder: Path) -> TokenData:
-    """Map the token files of a folder into memory.
+    """Load a token folder; the splits are memory-mapped.
 
     Raises:
-        UserError: a file is missing or has another length than `meta.json` says.
+        UserError: a file is missing, invalid, or does not have the length in `meta.json`.
     """
     try:
         meta = Meta.model_validate(read_json(folder / "meta.json"))

@@ -1,1 +1,1 @@
-"""Measure a model and look into it."""
+"""Metrics and plots of a trained model."""

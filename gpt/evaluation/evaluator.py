@@ -1,4 +1,4 @@
-"""Measure a checkpoint: its predictions on the whole validation split, and what it writes word for word by heart."""
+"""Evaluate a checkpoint: loss and calibration on the whole validation split, and memorization of the training text."""
 
 import math
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from pydantic import Field
 from gpt.core.params import Section
 from gpt.data.dataset import evaluation_windows
 from gpt.data.token_files import TokenData
-from gpt.evaluation.calibration import Numbers, calibration_error, calibration_table, predictions
-from gpt.evaluation.interpretability import Insight, look
+from gpt.evaluation.calibration import calibration_error, calibration_table, predictions
+from gpt.evaluation.interpretability import ModelInspection, inspect_model
 from gpt.evaluation.memorization import WINDOW, Copies, find_copies
 from gpt.evaluation.ngram_baselines import bigram_loss, mean_by_position, uniform_loss, unigram_loss
 from gpt.generation.decoding import generate_tokens
@@ -25,13 +25,10 @@ from gpt.model.device import choose_device
 from gpt.model.gpt import LanguageModel
 from gpt.tokenizers.base import Tokenizer
 
-TEXTS = 8  # that the model writes side by side, to be searched for copies
-
-LONGEST_CHARACTER = 4  # in UTF-8 bytes, and so in tokens
-
-DRAWN = 16  # tokens of the validation split whose attention is drawn
-
-SHOWN = 60  # characters of the longest copy that a person gets to read
+SAMPLES = 8  # texts that are generated, in one batch, to search them for copies
+MAX_TOKENS_PER_CHARACTER = 4  # the bytes of the longest UTF-8 character
+INSPECTED_TOKENS = 16  # of the validation split
+MAX_PRINTED = 60  # characters of the longest copy
 
 
 class EvaluateParams(Section):
@@ -39,102 +36,99 @@ class EvaluateParams(Section):
 
     batch_size: int = Field(ge=1)
     precision: Literal["float32", "bfloat16"]
-    sample_characters: int = Field(ge=TEXTS * WINDOW)
+    sample_characters: int = Field(ge=SAMPLES * WINDOW)
     seed: int = Field(ge=0)
     device: Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured: the figures worth comparing, two tables, and what a person reads, line by line."""
+    """The metrics, the loss by position, the calibration table, and a summary in lines of text."""
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     positions: pd.DataFrame
     calibration: pd.DataFrame
     summary: list[str]
 
 
 def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData) -> Evaluation:
-    """Predict every token of the validation split once; let the model write and search the training text for it."""
+    """Predict every validation token once; generate samples and search the training text for copies of them."""
     device = choose_device(params.device, "evaluate.device")
     model = checkpoint.build().to(device)
     windows = evaluation_windows(data, block_size=checkpoint.model.block_size, batch_size=params.batch_size)
     precision = torch.bfloat16 if params.precision == "bfloat16" else torch.float32
-    by_batch, probability, right = predictions(model, windows, device, precision)
+    by_batch, probability, correct = predictions(model, windows, device, precision)
     nats = math.fsum(float(batch.sum()) for batch in by_batch)
     means, counts = mean_by_position(by_batch)
-    calibration = calibration_table(probability, right)
-    texts = _write(model, data.tokenizer, characters=params.sample_characters, seed=params.seed)
-    unseen = _real_texts(data, count=TEXTS, length=len(texts[0]))
+    calibration = calibration_table(probability, correct)
+    samples = _generate(model, data.tokenizer, characters=params.sample_characters, seed=params.seed)
+    real_texts = _validation_texts(data, count=SAMPLES, length=len(samples[0]))
     corpus = data.tokenizer.decode(data.train.tolist())
-    copies, by_chance = find_copies(texts, corpus), find_copies(unseen, corpus)
-    figures = {
+    copies, reference = find_copies(samples, corpus), find_copies(real_texts, corpus)
+    metrics = {
         "bits_per_char": nats / math.log(2) / data.meta.val_characters,
         "calibration_error": calibration_error(calibration),
         "longest_copy": len(copies.longest),
         "copied": copies.share,
     }
+    accuracy = f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['calibration_error']:.1%}"
     return Evaluation(
-        figures,
+        metrics,
         pd.DataFrame({"position": np.arange(1, len(means) + 1), "loss": means, "predictions": counts}),
         calibration,
-        [_losses(nats, data), _calibrated(right, figures["calibration_error"]), _copied(copies, by_chance)],
+        [_loss_summary(nats, data), accuracy, _memorization_summary(copies, reference)],
     )
 
 
-def look_at(checkpoint: Checkpoint, data: TokenData) -> Insight:
-    """Look into a model while it reads the beginning of the validation split."""
-    length = min(DRAWN, checkpoint.model.block_size)
-    return look(checkpoint.build(), data.val[:length].tolist(), checkpoint.tokenizer.decode)
+def inspect_checkpoint(checkpoint: Checkpoint, data: TokenData) -> ModelInspection:
+    """Inspect a model on the first tokens of the validation split."""
+    length = min(INSPECTED_TOKENS, checkpoint.model.block_size)
+    return inspect_model(checkpoint.build(), data.val[:length].tolist(), checkpoint.tokenizer.decode)
 
 
-def _write(model: LanguageModel, tokenizer: Tokenizer, *, characters: int, seed: int) -> list[str]:
-    """Texts by the model, each as if after a line end, that have so many characters together, or a few more."""
-    length = -(-characters // TEXTS)
-    settings = SamplingParams(max_new_tokens=LONGEST_CHARACTER * length, temperature=1.0)  # its own probabilities
-    drawn = generate_tokens(model, [[tokenizer.start_token]] * TEXTS, settings, range(seed, seed + TEXTS))
-    rows = tee(drawn, TEXTS)  # as far as needed
-    return [_beginning(tokenizer.stream(row[place] for row in copy), length) for place, copy in enumerate(rows)]
+def _generate(model: LanguageModel, tokenizer: Tokenizer, *, characters: int, seed: int) -> list[str]:
+    """Unconditional samples of equal length at temperature 1, with at least this many characters in total."""
+    length = -(-characters // SAMPLES)
+    settings = SamplingParams(max_new_tokens=MAX_TOKENS_PER_CHARACTER * length, temperature=1.0)
+    steps = generate_tokens(model, [[tokenizer.start_token]] * SAMPLES, settings, range(seed, seed + SAMPLES))
+    # Each copy of the iterator is consumed only until its text is long enough.
+    return [
+        _take(tokenizer.stream(tokens[index] for tokens in copy), length)
+        for index, copy in enumerate(tee(steps, SAMPLES))
+    ]
 
 
-def _beginning(pieces: Iterable[str], length: int) -> str:
-    """The first characters of a text that comes in pieces, without asking for more pieces than that takes."""
+def _take(chunks: Iterable[str], length: int) -> str:
+    """The first `length` characters of a text in chunks; no more chunks are consumed than necessary."""
     text = ""
-    for piece in pieces:
-        text += piece
+    for chunk in chunks:
+        text += chunk
         if len(text) >= length:
             break
     return text[:length]
 
 
-def _real_texts(data: TokenData, *, count: int, length: int) -> list[str]:
-    """The first texts of so many characters in the validation split, fewer where it is short."""
+def _validation_texts(data: TokenData, *, count: int, length: int) -> list[str]:
+    """The first `count` texts of `length` characters in the validation split, fewer if it is short."""
     characters = count * length
-    beginning = data.tokenizer.decode(data.val[: LONGEST_CHARACTER * characters].tolist())[:characters]
+    beginning = data.tokenizer.decode(data.val[: MAX_TOKENS_PER_CHARACTER * characters].tolist())[:characters]
     return [beginning[start : start + length] for start in range(0, len(beginning), length)]
 
 
-def _losses(nats: float, data: TokenData) -> str:
-    """The loss as a line, beside the losses of whoever only counts."""
+def _loss_summary(nats: float, data: TokenData) -> str:
     loss, bits, size = nats / len(data.val), nats / math.log(2) / data.meta.val_characters, data.meta.vocab_size
-    bigram, unigram = (counting(data.train, data.val, size) for counting in (bigram_loss, unigram_loss))
+    bigram, unigram = (baseline(data.train, data.val, size) for baseline in (bigram_loss, unigram_loss))
     return (
-        f"loss {loss:.4f} nats a token, {bits:.3f} bits a character, perplexity {math.exp(loss):.2f}; counting alone: "
-        f"bigram {bigram:.3f}, unigram {unigram:.3f}, uniform {uniform_loss(size):.3f}"
+        f"loss {loss:.4f} nats per token, {bits:.3f} bits per character, perplexity {math.exp(loss):.2f}; baselines: "
+        f"bigram {bigram:.3f}, unigram {unigram:.3f}, uniform {uniform_loss(size):.3f} nats per token"
     )
 
 
-def _calibrated(right: Numbers, error: float) -> str:
+def _memorization_summary(copies: Copies, reference: Copies) -> str:
+    """The copies of the samples, and for comparison those of real text that the model was not trained on."""
+    longest = repr(copies.longest[:MAX_PRINTED]) + "…" * (len(copies.longest) > MAX_PRINTED)
     return (
-        f"the likeliest token is right {right.mean():.1%} of the time; from the stated probability this share differs "
-        f"by {error:.1%} on average"
-    )
-
-
-def _copied(copies: Copies, by_chance: Copies) -> str:
-    """How much of its training text the model repeats as a line, beside real text that does so by chance alone."""
-    return (
-        f"what the model writes: {copies.share:.1%} of all {WINDOW}-character windows stand in the training text "
-        f"(as much validation text: {by_chance.share:.1%}); longest copy {len(copies.longest):,} characters "
-        f"({len(by_chance.longest):,}): {copies.longest[:SHOWN]!r}{'…' if len(copies.longest) > SHOWN else ''}"
+        f"memorization: {copies.share:.1%} of all {WINDOW}-character windows of the samples occur in the training text "
+        f"(validation text: {reference.share:.1%}); longest copy {len(copies.longest):,} characters "
+        f"({len(reference.longest):,}): {longest}"
     )

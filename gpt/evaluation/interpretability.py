@@ -1,6 +1,6 @@
-"""Look into a model while it reads: what a head takes from where, how places are told apart, which symbols are alike.
+"""What a model computes for a text: attention scores, positional encodings, similarities of the embeddings.
 
-L layers of H heads; T positions that ask, as many that are asked; C channels, V symbols.
+Shapes: L layers of H heads; T tokens; C channels; V tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,15 +23,15 @@ from gpt.model.positions import (
 )
 
 Numbers = np.ndarray[Any, np.dtype[np.float32]]
-Decode = Callable[[Iterable[int]], str]  # a tokenizer's
+Decode = Callable[[Iterable[int]], str]  # Tokenizer.decode
 
-SYMBOLS = 80  # that are compared with each other; of a larger vocabulary the first ones
-VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥"}
+MAX_EMBEDDINGS = 80  # of a larger vocabulary only the first ones are compared
+WHITESPACE_SYMBOLS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Scores of every head before the mask, after it, and after softmax, each (L, H, T, T); a row asks the columns."""
+    """The scores before the mask, after it, and after softmax, each (L, H, T, T): rows are queries, columns keys."""
 
     raw: Numbers
     masked: Numbers
@@ -40,11 +40,11 @@ class Attention:
 
 @dataclass(frozen=True)
 class Positions:
-    """What the model's scheme of positions works with.
+    """The values of the position scheme.
 
-    `values` of learned, sinusoidal: (places, C), what is added; all sines, then all cosines. Of rotary: (places, half
-    the C of a head), the cosine of the angle. Of relative: (L, distances), the length of the vector. Of alibi:
-    (H, distances), what is added to a score.
+    `values` of learned and sinusoidal: the encodings (positions, C), sinusoidal with all sines before all cosines. Of
+    rotary: the cosines of the angles, (positions, half the head size). Of relative: the norms of the vectors,
+    (L, distances). Of alibi: the biases, (H, distances).
     """
 
     scheme: str
@@ -52,96 +52,96 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Insight:
-    """What one sees in a model that reads a text.
+class ModelInspection:
+    """The parts of a model that can be plotted.
 
-    `attention` is None where the model has none (bigram), `positions` where it tells no places apart. The rows of
-    `embeddings` (V, C) are those of `symbols`; of a bigram, its table.
+    `attention` is None for models without attention, `positions` for models without a position scheme. `embeddings`
+    (V, C) belong to the tokens in `vocabulary`; of a bigram model they are the rows of its table.
     """
 
     kind: str
-    labels: tuple[str, ...]
+    tokens: tuple[str, ...]
     attention: Attention | None
     positions: Positions | None
-    symbols: tuple[str, ...]
+    vocabulary: tuple[str, ...]
     embeddings: Numbers
 
-    def neighbours(self) -> tuple[list[str], Numbers]:
-        """The symbols, those alike side by side, and the cosines between their embeddings, (V, V)."""
+    def embedding_similarities(self) -> tuple[list[str], Numbers]:
+        """The vocabulary ordered by similarity, and the cosine similarities of its embeddings, (V, V)."""
         lengths_V1 = np.linalg.norm(self.embeddings, axis=1, keepdims=True)
         directions_VC = self.embeddings / np.maximum(lengths_V1, np.finfo(np.float32).tiny)
         cosines_VV = directions_VC @ directions_VC.T
-        order = side_by_side(cosines_VV)
-        return [self.symbols[place] for place in order], cosines_VV[np.ix_(order, order)]
+        order = order_by_similarity(cosines_VV)
+        return [self.vocabulary[index] for index in order], cosines_VV[np.ix_(order, order)]
 
 
 @torch.inference_mode()
-def look(model: LanguageModel, tokens: Sequence[int], decode: Decode) -> Insight:
-    """Let a model read a text of at most `block_size` tokens, in float32, and note what it does on the way."""
-    embeddings_VC = _embeddings(model)
-    shown = range(min(len(embeddings_VC), SYMBOLS))
-    return Insight(
+def inspect_model(model: LanguageModel, tokens: Sequence[int], decode: Decode) -> ModelInspection:
+    """Run a model in float32 on at most `block_size` tokens and record its attention scores."""
+    embeddings_VC = _embeddings(model)[:MAX_EMBEDDINGS]
+    return ModelInspection(
         kind=model.params.kind,
-        labels=tuple(visible(decode([token])) for token in tokens),
+        tokens=tuple(printable_token(decode([token])) for token in tokens),
         attention=_attention(model, tokens),
         positions=_positions(model),
-        symbols=tuple(visible(decode([symbol])) for symbol in shown),
-        embeddings=_numbers(embeddings_VC[: len(shown)]),
+        vocabulary=tuple(printable_token(decode([token])) for token in range(len(embeddings_VC))),
+        embeddings=_to_numpy(embeddings_VC),
     )
 
 
-def visible(token: str) -> str:
-    """A token as a label: what cannot be seen gets a sign."""
-    return "".join(VISIBLE.get(one) or (one if one.isprintable() else ascii(one)[1:-1]) for one in token) or "∅"
+def printable_token(token: str) -> str:
+    """A token with symbols for whitespace and escapes for other characters that are not printable."""
+    symbols = (WHITESPACE_SYMBOLS.get(char) or (char if char.isprintable() else ascii(char)[1:-1]) for char in token)
+    return "".join(symbols) or "∅"
 
 
-def side_by_side(alike_VV: Numbers) -> list[int]:
-    """Order things so that those which are alike stand together.
+def order_by_similarity(similarity_VV: Numbers) -> list[int]:
+    """Order items so that similar ones are neighbours, by average-linkage clustering (Sokal & Michener 1958).
 
-    The two groups that are most alike on average are joined, again and again (Sokal & Michener 1958); each pair is
-    joined by those of its ends that fit best.
+    The two clusters with the highest mean similarity are merged, repeatedly. Each cluster is an ordered list; when two
+    are merged, both are oriented such that the items where they meet are the most similar.
     """
-    groups = {place: [place] for place in range(len(alike_VV))}
-    between_VV = np.array(alike_VV, dtype=np.float64)
-    np.fill_diagonal(between_VV, -np.inf)
-    while len(groups) > 1:
-        first, second = sorted(map(int, np.unravel_index(between_VV.argmax(), between_VV.shape)))
-        left, right = groups[first], groups.pop(second)
-        turned = [(a, b) for a in (left, left[::-1]) for b in (right, right[::-1])]
-        before, after = max(turned, key=lambda pair: alike_VV[pair[0][-1], pair[1][0]])
-        mean_V = (len(left) * between_VV[first] + len(right) * between_VV[second]) / (len(left) + len(right))
-        between_VV[first], between_VV[:, first] = mean_V, mean_V
-        between_VV[second], between_VV[:, second] = -np.inf, -np.inf
-        groups[first] = before + after
-    return next(iter(groups.values()))
+    clusters = {index: [index] for index in range(len(similarity_VV))}
+    mean_VV = np.array(similarity_VV, dtype=np.float64)
+    np.fill_diagonal(mean_VV, -np.inf)
+    while len(clusters) > 1:
+        first, second = sorted(map(int, np.unravel_index(mean_VV.argmax(), mean_VV.shape)))
+        left, right = clusters[first], clusters.pop(second)
+        orientations = [(a, b) for a in (left, left[::-1]) for b in (right, right[::-1])]
+        before, after = max(orientations, key=lambda pair: similarity_VV[pair[0][-1], pair[1][0]])
+        mean_V = (len(left) * mean_VV[first] + len(right) * mean_VV[second]) / (len(left) + len(right))
+        mean_VV[first], mean_VV[:, first] = mean_V, mean_V
+        mean_VV[second], mean_VV[:, second] = -np.inf, -np.inf
+        clusters[first] = before + after
+    return next(iter(clusters.values()))
 
 
 def _attention(model: LanguageModel, tokens: Sequence[int]) -> Attention | None:
-    """The scores of each layer, taken by the textbook from what the layer is given."""
-    found: list[AttentionScores] = []
+    """The scores of each layer, computed by `reference_attention` from the layer's input."""
+    layers: list[AttentionScores] = []
 
-    def note(layer: nn.Module, given: tuple[Any, ...]) -> None:
+    def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(layer, SelfAttention)
-        found.append(reference_attention(layer.attention_inputs(given[0]))[1])
+        layers.append(reference_attention(layer.attention_inputs(inputs[0]))[1])
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in model.modules() if isinstance(layer, SelfAttention)]
+    hooks = [layer.register_forward_pre_hook(record) for layer in model.modules() if isinstance(layer, SelfAttention)]
     try:
         model(torch.tensor([list(tokens)], device=model.device))
     finally:
         for hook in hooks:
             hook.remove()
     if isinstance(model, Average):
-        found.append(_mean(len(tokens)))
-    if not found:
+        layers.append(_uniform_attention(len(tokens)))
+    if not layers:
         return None
     raw, masked, weights = (
-        _numbers(torch.cat([getattr(scores, name) for scores in found])) for name in ("raw", "masked", "weights")
+        _to_numpy(torch.cat([getattr(scores, name) for scores in layers])) for name in ("raw", "masked", "weights")
     )
     return Attention(raw, masked, weights)
 
 
-def _mean(length: int) -> AttentionScores:
-    """A mean in the words of attention: every score is the same, so that softmax gives equal parts."""
+def _uniform_attention(length: int) -> AttentionScores:
+    """A running mean as attention: all scores are 0, so that softmax gives equal weights."""
     raw_BHTT = torch.zeros(1, 1, length, length)
     masked_BHTT = raw_BHTT.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
     return AttentionScores(raw_BHTT, masked_BHTT, masked_BHTT.softmax(-1))
@@ -164,7 +164,7 @@ def _positions(model: LanguageModel) -> Positions | None:
     if not values:
         return None
     scheme = model.params.position
-    return Positions(scheme, _numbers(torch.cat(values) if scheme == "relative" else values[0]))
+    return Positions(scheme, _to_numpy(torch.cat(values) if scheme == "relative" else values[0]))
 
 
 def _embeddings(model: LanguageModel) -> Tensor:
@@ -173,6 +173,6 @@ def _embeddings(model: LanguageModel) -> Tensor:
     return part.weight
 
 
-def _numbers(values: Tensor) -> Numbers:
-    found: Numbers = values.float().cpu().numpy()
-    return found
+def _to_numpy(values: Tensor) -> Numbers:
+    array: Numbers = values.float().cpu().numpy()
+    return array

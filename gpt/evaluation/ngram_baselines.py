@@ -1,4 +1,4 @@
-"""How well a model predicts a text: the loss at every token of the validation split, each predicted once."""
+"""Losses of n-gram models, as baselines, and the mean loss by position in the context."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,34 +11,31 @@ from gpt.data.token_files import Split
 
 
 def uniform_loss(vocab_size: int) -> float:
-    """The loss in nats of somebody who knows nothing but the vocabulary."""
+    """The loss in nats of a model that gives every token the same probability."""
     return float(np.log(vocab_size))
 
 
 def unigram_loss(train: Split, val_targets: Split, vocab_size: int) -> float:
-    """The loss in nats of somebody who knows how frequent each token is in the training split.
-
-    Counts start at one (Laplace), so that what never occurred still has a probability.
-    """
+    """The loss in nats of token frequencies in the training split, with add-one (Laplace) smoothing."""
     counts = np.bincount(train, minlength=vocab_size) + 1
     return float(-np.log(counts / counts.sum())[val_targets].mean())
 
 
 def bigram_loss(train: Split, val: Split, vocab_size: int) -> float:
-    """The loss in nats of somebody who knows how often each token followed each other one in the training split.
+    """The loss in nats of bigram frequencies in the training split, with add-one (Laplace) smoothing.
 
-    The first token of `val` is predicted from the last one of `train`. Counts start at one (Laplace).
+    The first token of `val` is predicted from the last one of `train`.
     """
-    pairs, occurrences = np.unique(_pairs(train, vocab_size), return_counts=True)
-    starts = np.bincount(train[:-1], minlength=vocab_size)
-    wanted = _pairs(np.concatenate([train[-1:], val]), vocab_size)
-    places = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
-    seen = np.where(pairs[places] == wanted, occurrences[places], 0)
-    return float(-np.log((seen + 1) / (starts[wanted // vocab_size] + vocab_size)).mean())
+    bigrams, counts = np.unique(_bigrams(train, vocab_size), return_counts=True)
+    first_counts = np.bincount(train[:-1], minlength=vocab_size)
+    targets = _bigrams(np.concatenate([train[-1:], val]), vocab_size)
+    indices = np.searchsorted(bigrams, targets).clip(max=len(bigrams) - 1)
+    target_counts = np.where(bigrams[indices] == targets, counts[indices], 0)
+    return float(-np.log((target_counts + 1) / (first_counts[targets // vocab_size] + vocab_size)).mean())
 
 
 def mean_by_position(losses_by_batch: Sequence[Tensor]) -> tuple[list[float], list[int]]:
-    """The mean loss at each position of the context, and of how many predictions; the first has one token to go by."""
+    """The mean loss at each position of the context, and the number of predictions there."""
     length = max(batch.shape[1] for batch in losses_by_batch)
     total, count = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.int64)
     for batch in losses_by_batch:
@@ -47,7 +44,7 @@ def mean_by_position(losses_by_batch: Sequence[Tensor]) -> tuple[list[float], li
     return (total / count).tolist(), count.tolist()
 
 
-def _pairs(tokens: Split, vocab_size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Each token but the last with the one after it, as one number."""
+def _bigrams(tokens: Split, vocab_size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Each pair of consecutive tokens as one number."""
     wide = tokens.astype(np.int64)
     return wide[:-1] * vocab_size + wide[1:]

@@ -1,4 +1,4 @@
-"""The tokenizers by kind, and the way back from `tokenizer.json` to a tokenizer of any kind."""
+"""The tokenizers by kind, and `tokenizer_from_json` to load one of any kind."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from gpt.tokenizers.tiktoken import TiktokenTokenizer
 from gpt.tokenizers.word import WordTokenizer
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
-    kind.kind: kind for kind in (CharTokenizer, WordTokenizer, BpeTokenizer, WordPieceTokenizer, TiktokenTokenizer)
+    cls.kind: cls for cls in (CharTokenizer, WordTokenizer, BpeTokenizer, WordPieceTokenizer, TiktokenTokenizer)
 }
 
 
 def tokenizer_from_json(value: Any) -> Tokenizer:
-    """Make the tokenizer that `to_json` described.
+    """Create a tokenizer from the result of `Tokenizer.to_json`.
 
     Raises:
-        UserError: the value describes no tokenizer.
+        UserError: the value is not a valid tokenizer.
     """
     kind = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in TOKENIZERS:

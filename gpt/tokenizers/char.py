@@ -1,4 +1,4 @@
-"""The tokenizers that need no library, characters and words, and the way back from `tokenizer.json` to any kind."""
+"""Character tokenizer."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from gpt.tokenizers.base import Kind, Tokenizer, Tokens, invalid_tokenizer, is_a
 
 @dataclass(frozen=True)
 class CharTokenizer(Tokenizer):
-    """Each distinct character is a token; its number is its place in the sorted vocabulary."""
+    """Each distinct character is a token; its ID is its index in the sorted vocabulary."""
 
     vocabulary: str
 
     kind: ClassVar[Kind] = "char"
 
     @classmethod
-    def from_chunks(cls, pieces: Iterable[str]) -> Self:
-        """Collect the vocabulary of a text that comes in pieces."""
-        characters: set[str] = set()
-        for piece in pieces:
-            characters.update(piece)
+    def from_chunks(cls, chunks: Iterable[str]) -> Self:
+        """Create the tokenizer with the characters of a text that is given in chunks."""
+        characters = set[str]()
+        for chunk in chunks:
+            characters.update(chunk)
         return cls("".join(sorted(characters)))
 
     @property
@@ -33,23 +33,23 @@ class CharTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """The characters, each in UTF-8."""
+        """The UTF-8 bytes of each character."""
         return tuple(character.encode() for character in self.vocabulary)
 
     def _encode(self, text: str) -> Tokens:
-        """The place of each character."""
         return np.searchsorted(_code_points(self.vocabulary), _code_points(text)).astype(np.uint32)
 
     def to_json(self) -> dict[str, Any]:
-        """The vocabulary as one text."""
+        """The vocabulary as one string."""
         return {"kind": self.kind, "vocabulary": self.vocabulary}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that the characters are distinct and in order."""
-        if not is_alphabet(value.get("vocabulary")):
-            raise invalid_tokenizer(cls.kind, "its vocabulary, distinct characters in order")
-        return cls(value["vocabulary"])
+        """Check that the characters are distinct and sorted."""
+        vocabulary = value.get("vocabulary")
+        if not is_alphabet(vocabulary):
+            raise invalid_tokenizer(cls.kind, "a vocabulary of distinct characters in sorted order")
+        return cls(vocabulary)
 
 
 def _code_points(text: str) -> Tokens:

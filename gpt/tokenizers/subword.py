@@ -1,6 +1,6 @@
-"""The tokenizers whose tokens are parts of words: learned ones (Hugging Face `tokenizers`), and GPT-2's (`tiktoken`).
+"""Subword tokenizers that are trained with the Hugging Face library `tokenizers`: byte-level BPE and WordPiece.
 
-The libraries are imported when a text is learned or encoded, so that whoever only decodes does without.
+The library is imported only to train and to encode; decoding does not need it.
 """
 
 import json
@@ -9,52 +9,47 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from gpt.tokenizers.base import Kind, Tokenizer, check_vocab_size, invalid_tokenizer, is_token_list
+from gpt.tokenizers.base import MIN_FREQUENCY, Kind, Tokenizer, check_vocab_size, invalid_tokenizer, is_token_list
 
 if TYPE_CHECKING:
     import tokenizers
 
-# The same in bounded parts: WordPiece tries every length at every place, which takes the square of a part's length.
-SHORT_PARTS = r" ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
-
-LONGEST_PART = 65
-
-LEAST_OCCURRENCES = 2  # of a pair that becomes a token: what occurs once teaches nothing
+# GPT-2's pre-tokenization without the contractions, and with bounded length: WordPiece takes quadratic time in it.
+WORDPIECE_PATTERN = r" ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
+MAX_PRE_TOKEN = 65  # characters that the pattern matches at most
 
 BYTES = 256
 
 
 def _byte_characters() -> dict[int, str]:
-    """GPT-2's way to write bytes as text: printable ones of Latin-1 as they are, the others from U+0100 on."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = [byte for byte in range(BYTES) if byte not in plain]
-    return {byte: chr(byte if byte in plain else BYTES + others.index(byte)) for byte in range(BYTES)}
+    """GPT-2's mapping of bytes to characters: printable Latin-1 to itself, all others to U+0100 and above."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(BYTES) if byte not in printable]
+    return {byte: chr(byte if byte in printable else BYTES + others.index(byte)) for byte in range(BYTES)}
 
 
 BYTE_TO_CHARACTER = _byte_characters()
-
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
 def bytes_to_text(token: bytes) -> str:
-    """Write bytes as visible characters, as GPT-2's vocabulary files do."""
+    """Write bytes as printable characters, as GPT-2's vocabulary files do."""
     return "".join(BYTE_TO_CHARACTER[byte] for byte in token)
 
 
 def text_to_bytes(token: str) -> bytes:
-    """The reverse of `bytes_to_text`."""
+    """The inverse of `bytes_to_text`."""
     return bytes(CHARACTER_TO_BYTE[character] for character in token)
 
 
 @dataclass(frozen=True)
 class BpeTokenizer(Tokenizer):
-    """Byte pair encoding (Sennrich et al. 2016) on bytes: what stands side by side most often becomes one token.
+    """Byte-level byte pair encoding (Sennrich et al. 2016): the most frequent pair of tokens is merged, repeatedly.
 
-    The numbers of the 256 bytes come first, then what the merges make, in the order in which they were learned. Any
-    text can be encoded.
+    The 256 bytes have the first IDs; merged tokens follow in the order of the merges. Any text can be encoded.
 
     Args:
-        merges: left and right part of each merge, bytes written as GPT-2 does (a space is `Ġ`), a space between them.
+        merges: left and right token of each merge, separated by a space; bytes as in `bytes_to_text` (a space is `Ġ`).
     """
 
     merges: tuple[str, ...]
@@ -62,38 +57,31 @@ class BpeTokenizer(Tokenizer):
     kind: ClassVar[Kind] = "bpe"
 
     @classmethod
-    def train(cls, pieces: Iterable[str], vocab_size: int) -> Self:
-        """Learn the merges from a text that comes in pieces.
+    def train(cls, chunks: Iterable[str], vocab_size: int) -> Self:
+        """Learn the merges from a text that is given in chunks.
 
         Raises:
-            UserError: not even the bytes fit.
+            UserError: `vocab_size` is smaller than the number of bytes.
         """
-        from tokenizers import Tokenizer as Engine  # noqa: PLC0415 (only who uses this kind waits for it)
-        from tokenizers import models, pre_tokenizers, trainers  # noqa: PLC0415
+        from tokenizers import models, trainers  # noqa: PLC0415
 
-        check_vocab_size(vocab_size, BYTES, "each byte has a token")
-        engine = Engine(models.BPE())
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        check_vocab_size(vocab_size, BYTES, "one token for each byte")
+        engine = _byte_level_engine(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            min_frequency=LEAST_OCCURRENCES,
+            min_frequency=MIN_FREQUENCY,
             initial_alphabet=list(BYTE_TO_CHARACTER.values()),
             show_progress=False,
         )
-        engine.train_from_iterator(pieces, trainer)
+        engine.train_from_iterator(chunks, trainer)
         return cls(tuple(" ".join(pair) for pair in json.loads(engine.to_str())["model"]["merges"]))
-
-    @property
-    def alphabet(self) -> None:
-        """Any text can be encoded."""
 
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
         """The bytes of each token."""
-        return tuple(map(text_to_bytes, self._numbers))
+        return tuple(map(text_to_bytes, self._ids))
 
     def _encode(self, text: str) -> list[int]:
-        """What Hugging Face's encoder gives."""
         return self._engine.encode(text, add_special_tokens=False).ids
 
     def to_json(self) -> dict[str, Any]:
@@ -102,40 +90,37 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that every merge is of two tokens that were there before it."""
-        merges, known = value.get("merges"), set(BYTE_TO_CHARACTER.values())
+        """Check that each merge joins two tokens that exist before it."""
+        merges, known = value.get("merges"), set(CHARACTER_TO_BYTE)
         if not is_token_list(merges):
             raise invalid_tokenizer(cls.kind, "a list of distinct merges")
-        for merge in value["merges"]:
+        for merge in merges:
             left, _, right = merge.partition(" ")
             if not {left, right} <= known:
-                raise invalid_tokenizer(cls.kind, "merges of tokens that are there before")
+                raise invalid_tokenizer(cls.kind, "merges of bytes and earlier merges")
             known.add(left + right)
-        return cls(tuple(value["merges"]))
+        return cls(tuple(merges))
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
-        """The number of each token; two merges may make the same one."""
-        tokens = dict.fromkeys([*BYTE_TO_CHARACTER.values(), *(merge.replace(" ", "") for merge in self.merges)])
+    def _ids(self) -> dict[str, int]:
+        """Token IDs by token. Two different merges may produce the same token, which has one ID."""
+        tokens = dict.fromkeys([*CHARACTER_TO_BYTE, *(merge.replace(" ", "") for merge in self.merges)])
         return {token: number for number, token in enumerate(tokens)}
 
     @cached_property
     def _engine(self) -> "tokenizers.Tokenizer":
-        from tokenizers import Tokenizer as Engine  # noqa: PLC0415
-        from tokenizers import models, pre_tokenizers  # noqa: PLC0415
+        from tokenizers import models  # noqa: PLC0415
 
         pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in self.merges)]
-        engine = Engine(models.BPE(vocab=self._numbers, merges=pairs))
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        return engine
+        return _byte_level_engine(models.BPE(vocab=self._ids, merges=pairs))
 
 
 @dataclass(frozen=True)
 class WordPieceTokenizer(Tokenizer):
-    """WordPiece as in BERT (Devlin et al. 2019): the longest known beginning of a part, then the longest continuation.
+    """WordPiece as in BERT (Devlin et al. 2019): a word starts with its longest known prefix, then continues likewise.
 
-    Unlike there, nothing of the text is lost: spaces belong to the parts, and each character of the training text is
-    known as a beginning and as a continuation, so that no part is unknown. The numbers of the beginnings come first.
+    Unlike BERT's, the encoding is lossless: spaces belong to the words, and every character of the training text is
+    both a beginning and a continuation, so that no word is unknown. The beginnings have the first IDs.
     """
 
     beginnings: tuple[str, ...]
@@ -144,45 +129,43 @@ class WordPieceTokenizer(Tokenizer):
     kind: ClassVar[Kind] = "wordpiece"
 
     @classmethod
-    def train(cls, pieces: Iterable[str], alphabet: str, vocab_size: int) -> Self:
-        """Learn beginnings and continuations from a text that comes in pieces.
+    def train(cls, chunks: Iterable[str], alphabet: str, vocab_size: int) -> Self:
+        """Learn beginnings and continuations from a text that is given in chunks.
 
         Raises:
-            UserError: not even the characters fit.
+            UserError: `vocab_size` is smaller than twice the alphabet.
         """
-        from tokenizers import Tokenizer as Engine  # noqa: PLC0415
         from tokenizers import models, trainers  # noqa: PLC0415
 
-        least = 2 * len(alphabet)
-        check_vocab_size(vocab_size, least, "each character of the training text begins and continues words")
-        mark = _mark(alphabet)
-        engine = Engine(models.WordPiece(vocab={}, unk_token=mark))
-        engine.pre_tokenizer = _short_parts()
+        check_vocab_size(vocab_size, 2 * len(alphabet), "two tokens for each character of the training text")
+        prefix = _continuation_prefix(alphabet)
+        engine = _wordpiece_engine(models.WordPiece(vocab={}, unk_token=prefix))
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
-            min_frequency=LEAST_OCCURRENCES,
+            min_frequency=MIN_FREQUENCY,
             initial_alphabet=list(alphabet),
-            special_tokens=[mark + character for character in alphabet],  # else numbered by chance, which decides ties
-            continuing_subword_prefix=mark,
+            # As special tokens, for a fixed order: otherwise their IDs, which break ties, differ from run to run.
+            special_tokens=[prefix + character for character in alphabet],
+            continuing_subword_prefix=prefix,
             show_progress=False,
         )
-        engine.train_from_iterator(pieces, trainer)
-        tokens = sorted(engine.get_vocab(), key=engine.get_vocab().__getitem__)
-        beginnings = tuple(token for token in tokens if not token.startswith(mark))
-        return cls(beginnings, tuple(token[1:] for token in tokens if token.startswith(mark)))
+        engine.train_from_iterator(chunks, trainer)
+        ids = engine.get_vocab()
+        tokens = sorted(ids, key=ids.__getitem__)
+        beginnings = tuple(token for token in tokens if not token.startswith(prefix))
+        return cls(beginnings, tuple(token[1:] for token in tokens if token.startswith(prefix)))
 
     @cached_property
     def alphabet(self) -> str:
-        """The characters that begin words."""
+        """The beginnings of one character."""
         return "".join(sorted(token for token in self.beginnings if len(token) == 1))
 
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """Beginnings and continuations, each in UTF-8."""
+        """The UTF-8 bytes of beginnings and continuations."""
         return tuple(token.encode() for token in (*self.beginnings, *self.continuations))
 
     def _encode(self, text: str) -> list[int]:
-        """What Hugging Face's encoder gives."""
         return self._engine.encode(text, add_special_tokens=False).ids
 
     def to_json(self) -> dict[str, Any]:
@@ -191,40 +174,45 @@ class WordPieceTokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that both lists hold every character that occurs in one of them."""
-        lists = value.get("beginnings"), value.get("continuations")
-        if not (value.get("beginnings") and all(is_token_list(each) for each in lists)):
+        """Check that every character of the tokens is both a beginning and a continuation."""
+        beginnings, continuations = value.get("beginnings"), value.get("continuations")
+        if not (beginnings and is_token_list(beginnings) and is_token_list(continuations)):
             raise invalid_tokenizer(cls.kind, "distinct beginnings and distinct continuations")
-        made = cls(tuple(value["beginnings"]), tuple(value["continuations"]))
-        characters = set("".join([*made.beginnings, *made.continuations]))
-        if not characters <= set(made.beginnings) & set(made.continuations):
+        if not set("".join([*beginnings, *continuations])) <= set(beginnings) & set(continuations):
             raise invalid_tokenizer(cls.kind, "every character as a beginning and as a continuation")
-        return made
+        return cls(tuple(beginnings), tuple(continuations))
 
     @cached_property
     def _engine(self) -> "tokenizers.Tokenizer":
-        from tokenizers import Tokenizer as Engine  # noqa: PLC0415
         from tokenizers import models  # noqa: PLC0415
 
-        mark = _mark(self.alphabet)
-        tokens = [*self.beginnings, *(mark + token for token in self.continuations)]
+        prefix = _continuation_prefix(self.alphabet)
+        tokens = [*self.beginnings, *(prefix + token for token in self.continuations)]
         model = models.WordPiece(
             vocab={token: number for number, token in enumerate(tokens)},
-            unk_token=mark,  # not in the vocabulary: the encoder would raise rather than lose a character
-            max_input_chars_per_word=LONGEST_PART,
-            continuing_subword_prefix=mark,
+            unk_token=prefix,  # not in the vocabulary: an unknown word would raise an error
+            max_input_chars_per_word=MAX_PRE_TOKEN,
+            continuing_subword_prefix=prefix,
         )
-        engine = Engine(model)
-        engine.pre_tokenizer = _short_parts()
-        return engine
+        return _wordpiece_engine(model)
 
 
-def _mark(alphabet: str) -> str:
-    """A character that no text over the alphabet holds, to tell continuations from beginnings."""
-    return next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in alphabet)
+def _continuation_prefix(alphabet: str) -> str:
+    """A character outside the alphabet that marks continuations; BERT's `##` could be part of the text."""
+    return next(character for character in map(chr, range(0xE000, 0x110000)) if character not in alphabet)
 
 
-def _short_parts() -> "tokenizers.pre_tokenizers.PreTokenizer":
-    from tokenizers import Regex, pre_tokenizers  # noqa: PLC0415
+def _byte_level_engine(model: "tokenizers.models.BPE") -> "tokenizers.Tokenizer":
+    import tokenizers  # noqa: PLC0415
 
-    return pre_tokenizers.Split(Regex(SHORT_PARTS), "isolated")
+    engine = tokenizers.Tokenizer(model)
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return engine
+
+
+def _wordpiece_engine(model: "tokenizers.models.WordPiece") -> "tokenizers.Tokenizer":
+    import tokenizers  # noqa: PLC0415
+
+    engine = tokenizers.Tokenizer(model)
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDPIECE_PATTERN), "isolated")
+    return engine

@@ -1,4 +1,4 @@
-"""The tokenizers that need no library, characters and words, and the way back from `tokenizer.json` to any kind."""
+"""Word tokenizer: frequent words, and single characters for everything else."""
 
 import re
 from collections import Counter
@@ -7,18 +7,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
-from gpt.tokenizers.base import Kind, Tokenizer, check_vocab_size, invalid_tokenizer, is_alphabet, is_token_list
+from gpt.tokenizers.base import (
+    MIN_FREQUENCY,
+    Kind,
+    Tokenizer,
+    check_vocab_size,
+    invalid_tokenizer,
+    is_alphabet,
+    is_token_list,
+)
 
-WORD = re.compile(r"\w+|\W")  # a word, or one character of anything else: space, line end, punctuation
-
-LEAST_OCCURRENCES = 2  # of a word with a token of its own; those that occur once teach how words are spelled
+WORD = re.compile(r"\w+|\W")  # a word, or one other character: space, line feed, punctuation mark
 
 
 @dataclass(frozen=True)
 class WordTokenizer(Tokenizer):
-    """Words that are frequent are tokens; others fall into their characters, which are tokens, too.
+    """Frequent words are tokens; all other words are split into their characters, which are tokens too.
 
-    The numbers of the characters come first, in their order; then the words, the most frequent first.
+    The characters have the first IDs, in sorted order. Words follow by descending frequency.
     """
 
     characters: str
@@ -27,15 +33,15 @@ class WordTokenizer(Tokenizer):
     kind: ClassVar[Kind] = "word"
 
     @classmethod
-    def train(cls, pieces: Iterable[str], alphabet: str, vocab_size: int) -> Self:
-        """Count the words of a text that comes in pieces and keep the most frequent, as many as fit.
+    def train(cls, chunks: Iterable[str], alphabet: str, vocab_size: int) -> Self:
+        """Select the most frequent words of a text that is given in chunks; equally frequent words are sorted.
 
         Raises:
-            UserError: not even the characters fit.
+            UserError: `vocab_size` is smaller than the alphabet.
         """
-        check_vocab_size(vocab_size, len(alphabet), "each character of the training text has a token")
-        occurrences = Counter(word for piece in pieces for word in WORD.findall(piece) if len(word) > 1)
-        ranked = sorted((-count, word) for word, count in occurrences.items() if count >= LEAST_OCCURRENCES)
+        check_vocab_size(vocab_size, len(alphabet), "one token for each character of the training text")
+        frequencies = Counter(word for chunk in chunks for word in WORD.findall(chunk) if len(word) > 1)
+        ranked = sorted((-frequency, word) for word, frequency in frequencies.items() if frequency >= MIN_FREQUENCY)
         return cls(alphabet, tuple(word for _, word in ranked[: vocab_size - len(alphabet)]))
 
     @property
@@ -45,33 +51,23 @@ class WordTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """Characters and words, each in UTF-8."""
+        """The UTF-8 bytes of characters and words."""
         return tuple(token.encode() for token in (*self.characters, *self.words))
 
     def _encode(self, text: str) -> list[int]:
-        """The number of each word, or of each of its characters."""
-        numbers, found = self._numbers, list[int]()
-        for word in WORD.findall(text):
-            if word in numbers:
-                found.append(numbers[word])
-            else:
-                found += [numbers[character] for character in word]
-        return found
+        ids = {token: number for number, token in enumerate((*self.characters, *self.words))}
+        return [ids[token] for word in WORD.findall(text) for token in ([word] if word in ids else word)]
 
     def to_json(self) -> dict[str, Any]:
-        """The characters as one text and the list of words."""
+        """The characters as one string, and the list of words."""
         return {"kind": self.kind, "characters": self.characters, "words": list(self.words)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that characters and words are distinct, and the words made of the characters."""
+        """Check that all tokens are distinct and that the words consist of the characters."""
         characters, words = value.get("characters"), value.get("words")
-        if not (is_alphabet(characters) and isinstance(words, list) and is_token_list([*str(characters), *words])):
-            raise invalid_tokenizer(cls.kind, "its characters in order and distinct words")
-        if not set("".join(words)) <= set(str(characters)):
-            raise invalid_tokenizer(cls.kind, "words made of its characters")
-        return cls(value["characters"], tuple(words))
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {token: number for number, token in enumerate((*self.characters, *self.words))}
+        if not (is_alphabet(characters) and isinstance(words, list) and is_token_list([*characters, *words])):
+            raise invalid_tokenizer(cls.kind, "characters in sorted order and distinct words")
+        if not set("".join(words)) <= set(characters):
+            raise invalid_tokenizer(cls.kind, "words that consist of its characters")
+        return cls(characters, tuple(words))

@@ -1,133 +1,206 @@
-"""Text becomes tokens and comes back, in order, whatever its size; what is no text is refused."""
+"""Tokenizing a corpus: splits, chunks, reproducible training of the tokenizer, and texts that are refused."""
 
+import base64
+import hashlib
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpt.core.errors import UserError
-from gpt.data.prepare import tokenize
+from gpt.data.prepare import CHUNK_BYTES, tokenize
 from gpt.data.token_files import load_tokens
-from gpt.tokenizers import tokenizer_from_json
-from gpt.tokenizers.char import CharTokenizer
-from gpt.tokenizers.word import WordTokenizer
+from gpt.tokenizers import TOKENIZERS
+from gpt.tokenizers.subword import BpeTokenizer
+from gpt.tokenizers.tiktoken import TiktokenTokenizer
 from tests.conftest import RunGpt
-from tests.support.common import made_up_text, only_line, tokenize_params, write_params
+from tests.support.common import environment, made_up_text, only_line, tokenize_params, write_params
 
-PARAMS = tokenize_params()
-
-
-@given(st.text(min_size=1), st.data())
-def test_decode_undoes_encode(alphabet: str, data: st.DataObject) -> None:
-    tokenizer = CharTokenizer.from_chunks([alphabet])
-    text = data.draw(st.text(alphabet=sorted(set(alphabet))))
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer_from_json(tokenizer.to_json()) == tokenizer
+TOKENS = BpeTokenizer.train([made_up_text(600)], 300).token_bytes
+RANKS = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(TOKENS))
 
 
-def test_unknown_characters_are_listed() -> None:
-    with pytest.raises(UserError, match=r"found 'x', 'é', '\\udcff'"):
-        CharTokenizer("abc").encode("axbé\udcff")
+def tokenized(folder: Path, text: str | bytes, **changes: Any) -> Path:
+    """The token folder of a text; tiktoken's ranks are read from a local file."""
+    corpus = folder / "text.txt"
+    corpus.write_bytes(text.encode() if isinstance(text, str) else text)
+    (folder / "ranks.txt").write_bytes(RANKS)
+    ranks = {"ranks": [str(folder / "ranks.txt")], "ranks_sha256": hashlib.sha256(RANKS).hexdigest()}
+    params = tokenize_params(**{"vocab_size": 300, **ranks, **changes})
+    tokenize(params=params, corpus=corpus, out=folder / "tokens")
+    return folder / "tokens"
 
 
-def test_frequent_words_are_tokens_and_rare_ones_fall_into_characters() -> None:
-    text = "the fox, the dog;\nthe fox ran"
-    alphabet = "".join(sorted(set(text)))
-    tokenizer = WordTokenizer.train([text[:17], text[17:]], alphabet, 100)
-    assert tokenizer.words == ("the", "fox")  # the more frequent first; `dog` and `ran` occur once
-    cut = [tokenizer.decode([token]) for token in tokenizer.encode("a fox, the dog")]
-    assert cut == ["a", " ", "fox", ",", " ", "the", " ", "d", "o", "g"]
-    assert WordTokenizer.train([text], alphabet, len(alphabet) + 1).words == ("the",)
-    assert WordTokenizer.train(["b_é b_é a2 a2"], " 2_abé", 7).words == ("a2",)  # of equally frequent ones the first
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokens_of_a_corpus_equal_those_of_its_splits_encoded_at_once(tmp_path: Path, kind: str) -> None:
+    text = "é\r\n🙂" + made_up_text(60_000) + "é\r\n🙂"
+    # Line ends of several kinds: some can be part of a token with their neighbours, most cannot.
+    for old, new in {"\n": "\n\n", "dog\n\n": "dog\n", "fox\n\n": "fox\n\n\n", "jumps ": "jumps  \n naïve "}.items():
+        text = text.replace(old, new)
+    assert len(text.encode()) > 1.1 * CHUNK_BYTES
+    data = load_tokens(tokenized(tmp_path, text, kind=kind, vocab_size=600))
+    middle = int(len(text) * 0.9)
+    assert (data.meta.train_characters, data.meta.val_characters) == (middle, len(text) - middle)
+    for split, part in ((data.train, text[:middle]), (data.val, text[middle:])):
+        assert np.array_equal(split, data.tokenizer.encode(part))
+        assert data.tokenizer.decode(split) == part
 
 
-def test_the_splits_are_the_text_in_order(tmp_path: Path) -> None:
-    text = "é\r\n🙂" + made_up_text(300_000) + "é\r\n🙂"  # several pieces; line ends and wide characters survive
-    (tmp_path / "text.txt").write_text(text, encoding="utf-8", newline="")
-    meta = tokenize(params=PARAMS, corpus=tmp_path / "text.txt", out=tmp_path / "tokens")
-    data = load_tokens(tmp_path / "tokens")
-    assert len(text.encode()) > 1 << 20
-    assert data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val) == text
-    assert len(data.train) == int(len(text) * 0.9) == meta.train_characters
-    assert data.train.dtype == np.dtype("<u2")
-    assert meta.vocab_size == len(set(text))
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokenizer_does_not_depend_on_the_validation_split(tmp_path: Path, kind: str) -> None:
+    train = made_up_text(900)
+    ends = ("zzzz zz the zzzz ", "over the lazy dog")
+    first, second = ((tokenized(tmp_path, train + end * 6, kind=kind) / "tokenizer.json").read_bytes() for end in ends)
+    assert first == second
 
 
-def test_memory_stays_flat_as_the_corpus_grows(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     peaks = []
-    for pieces in (4, 16):
-        (tmp_path / "text.txt").write_bytes(b"some text of many lines\n" * (pieces << 20 >> 5))
+    for size in (4, 16):
+        text = b"some text of many lines\n" * (size << 20 >> 5)
         tracemalloc.start()
-        tokenize(params=PARAMS, corpus=tmp_path / "text.txt", out=tmp_path / "tokens")
+        tokenized(tmp_path, text)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
 
 
+TOKENIZE = """\
+import sys
+from pathlib import Path
+from gpt.core.params import read_section
+from gpt.data.prepare import TokenizeParams, tokenize
+for kind in ("word", "bpe", "wordpiece"):
+    params = read_section(Path("params.yaml"), "tokenize", TokenizeParams, [f"tokenize.kind={kind}"])
+    tokenize(params=params, corpus=Path("text.txt"), out=Path(sys.argv[1]) / kind)
+"""
+
+
+def test_files_do_not_depend_on_threads_or_hash_seed(tmp_path: Path) -> None:
+    """In a text with many equally frequent pairs, so that ties have to be broken in a fixed order."""
+    generator = np.random.default_rng(0)
+    letters = list("abcdefghijklmnopqrstuvwxyzéèü")
+    words = ["".join(generator.choice(letters, size)) for size in generator.integers(2, 9, 2000)]
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(generator.choice(words, 9)) for _ in range(3000)))
+    write_params(tmp_path / "params.yaml", tokenize__vocab_size=330)
+    environments: list[dict[str, str]] = [
+        {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "1"},
+        {"RAYON_NUM_THREADS": "5", "PYTHONHASHSEED": "2"},
+    ]
+    running = [
+        subprocess.Popen([sys.executable, "-c", TOKENIZE, str(number)], cwd=tmp_path, env=environment(**each))
+        for number, each in enumerate(environments)
+    ]
+    assert [process.wait(100) for process in running] == [0, 0]
+    files = [path.relative_to(tmp_path / "0") for path in (tmp_path / "0").rglob("*.*")]
+    assert len(files) == 3 * 4
+    for file in files:
+        assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes(), file
+
+
+# -- texts and parameters that are refused
+
 REFUSED = {
     "empty": (b"", ["empty file"]),
     "not UTF-8": (b"abc\n" * 300_000 + b"\xff", ["expected UTF-8", "byte 1,200,000", "0xff"]),
-    "cut in a character": ("aé".encode()[:-1], ["expected UTF-8", "byte 1"]),
-    "one symbol": (b"aaaa", ["two different characters", "'a' 3 times in the training split"]),
+    "truncated character": ("aé".encode()[:-1], ["expected UTF-8", "byte 1"]),
+    "one distinct character": (b"aaaa", ["'a' 3 times"]),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_text_to_learn_from_is_refused(tmp_path: Path, name: str) -> None:
+def test_texts_without_training_data_are_refused(tmp_path: Path, name: str) -> None:
     content, expected = REFUSED[name]
-    (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises(UserError) as error:
-        tokenize(params=PARAMS, corpus=tmp_path / "text.txt", out=tmp_path / "tokens")
+        tokenized(tmp_path, content)
     for part in [str(tmp_path / "text.txt"), *expected]:
         assert part in str(error.value)
     assert not list((tmp_path / "tokens").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["char", "word", "wordpiece"])
-def test_characters_that_training_never_shows_are_refused_with_what_to_set(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "text.txt").write_bytes(b"once upon a time\n" * 9 + "the Zoë then\n".encode())
+def test_unknown_characters_in_the_validation_split_are_refused_with_remedies(tmp_path: Path, kind: str) -> None:
+    text = "once upon a time\n" * 9 + "the Zoë then\n"
     with pytest.raises(UserError) as error:
-        tokenize(params=tokenize_params(kind=kind), corpus=tmp_path / "text.txt", out=tmp_path / "tokens")
-    assert str(error.value) == (
-        f"{tmp_path / 'text.txt'}: expected only the 12 characters of the training split in the validation split, "
-        "found 'Z', 'h', 'ë'; set another tokenize.train_fraction (now 0.9), or tokenize.kind bpe, which takes any "
-        "text, or leave them out"
-    )
+        tokenized(tmp_path, text, kind=kind)
+    for part in (f"{tmp_path / 'text.txt'}:", "'Z', 'h', 'ë'", "tokenize.train_fraction (now 0.9)", "tokenize.kind"):
+        assert part in str(error.value)
     assert not list((tmp_path / "tokens").iterdir())
     for remedy in ({"kind": "bpe"}, {"kind": kind, "train_fraction": 0.97}):
-        tokenize(params=tokenize_params(**remedy), corpus=tmp_path / "text.txt", out=tmp_path / "tokens")
+        tokenized(tmp_path, text, **remedy)
 
 
-def test_tokens_take_two_bytes_or_four(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "least"), [("word", 28), ("bpe", 256), ("wordpiece", 56)])
+def test_vocab_size_has_a_minimum(tmp_path: Path, kind: str, least: int) -> None:
+    text = made_up_text(900)
+    with pytest.raises(UserError, match=rf"tokenize.vocab_size: expected at least {least} .+ found {least - 1};"):
+        tokenized(tmp_path, text, kind=kind, vocab_size=least - 1)
+    assert not list((tmp_path / "tokens").iterdir())
+    for size in (least, least + 5):
+        assert load_tokens(tokenized(tmp_path, text, kind=kind, vocab_size=size)).meta.vocab_size == size
+
+
+# -- tiktoken's ranks
+
+
+def test_ranks_are_fetched_only_for_tiktoken(tmp_path: Path) -> None:
+    text, missing = made_up_text(900), str(tmp_path / "nothing.txt")
+    for kind in TOKENIZERS.keys() - {"tiktoken"}:
+        tokenized(tmp_path, text, kind=kind, ranks=[missing])
+    data = load_tokens(tokenized(tmp_path, text, kind="tiktoken"))
+    assert data.tokenizer == TiktokenTokenizer.from_tiktoken(RANKS)
+    for path in (tmp_path / "tokens").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=rf"tokenize\.ranks: .*{missing}"):
+        tokenized(tmp_path, text, kind="tiktoken", ranks=[missing])
+    with pytest.raises(UserError, match=r"tokenize\.ranks: .*SHA-256 0000"):
+        tokenized(tmp_path, text, kind="tiktoken", ranks_sha256="0" * 64)
+    assert not list((tmp_path / "tokens").iterdir())
+
+
+@pytest.mark.proof
+def test_the_pinned_ranks_are_those_of_gpt2(tmp_path: Path) -> None:
+    """The numbers of tokens of tiny Shakespeare are those in nanoGPT's readme."""
+    write_params(tmp_path / "params.yaml", tokenize__kind="tiktoken")
+    for verb in (["download", "--out", "text.txt"], ["tokenize", "--corpus", "text.txt", "--out", "tokens"]):
+        line = [sys.executable, "-m", "gpt", *verb, "--params", "params.yaml"]
+        subprocess.run(line, cwd=tmp_path, env=environment(), check=True, timeout=300)
+    data = load_tokens(tmp_path / "tokens")
+    assert (len(data.train), len(data.val), data.meta.vocab_size) == (301_966, 36_059, 50_256)
+    assert data.tokenizer.encode("hello world").tolist() == [31373, 995]
+
+
+# -- the token folder
+
+
+def test_token_ids_take_two_or_four_bytes(tmp_path: Path) -> None:
     for size, expected in ((1 << 16, "<u2"), ((1 << 16) + 1, "<u4")):
         text = "".join(map(chr, range(1 << 16, (1 << 16) + size)))
-        (tmp_path / "text.txt").write_text(text + text[::-1], encoding="utf-8")
-        meta = tokenize(params=PARAMS, corpus=tmp_path / "text.txt", out=tmp_path / "tokens")
-        data = load_tokens(tmp_path / "tokens")
-        assert (meta.vocab_size, meta.dtype, data.train.dtype) == (size, expected, np.dtype(expected))
+        data = load_tokens(tokenized(tmp_path, text + text[::-1]))
+        assert (data.meta.vocab_size, data.meta.dtype, data.train.dtype) == (size, expected, np.dtype(expected))
         assert data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val) == text + text[::-1]
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-def test_a_truncated_token_file_is_refused(tmp_path: Path, corpus: Path, name: str) -> None:
-    tokenize(params=PARAMS, corpus=corpus, out=tmp_path)
-    path = tmp_path / name
+def test_truncated_token_files_are_refused(tmp_path: Path, name: str) -> None:
+    path = tokenized(tmp_path, made_up_text(900)) / name
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{name}: expected [\d,]+ bytes .* found [\d,]+; tokenize again"):
-        load_tokens(tmp_path)
+    with pytest.raises(UserError, match=rf"{name}: expected [\d,]+ bytes .* found [\d,]+;"):
+        load_tokens(path.parent)
     path.unlink()
     with pytest.raises(UserError, match=f"{name}: .* found 0"):
-        load_tokens(tmp_path)
+        load_tokens(path.parent)
 
 
-def test_the_command(gpt: RunGpt, tmp_path: Path, corpus: Path) -> None:
+def test_command(gpt: RunGpt, tmp_path: Path, corpus: Path) -> None:
     params = write_params(tmp_path / "params.yaml")
     done = gpt("tokenize", "--params", params, "--corpus", corpus, "--out", "a b/tokens")
     assert done.returncode == 0, done.stderr
-    assert "tokens to train on" in done.stdout
+    assert f"{load_tokens(tmp_path / 'a b/tokens').meta.train_tokens:,}" in done.stdout
     assert "tokenize: started" in (tmp_path / "gpt_nano.log").read_text()
     done = gpt("tokenize", "--params", params, "--corpus", "none.txt", "--out", "tokens")
     assert done.returncode == 2

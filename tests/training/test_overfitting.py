@@ -153,7 +153,7 @@ def test_what_was_learnt_by_heart_is_found_in_what_the_model_writes(tmp_path: Pa
         checkpoint=load_checkpoint(tmp_path / "model.pt"),
         data=load_tokens(tmp_path / "tokens"),
     )
-    assert found.figures["longest_copy"] > 50
-    assert found.figures["copied"] > 0.5
+    assert found.metrics["longest_copy"] > 50
+    assert found.metrics["copied"] > 0.5
     assert "'abcdefghij\\nabcdefghij" in found.summary[-1]
     assert "validation text: 100.0%" in found.summary[-1]

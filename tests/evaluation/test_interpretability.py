@@ -42,7 +42,7 @@ def strong_model(params: ModelConfig) -> LanguageModel:
 
 
 def save(path: Path, model: LanguageModel) -> Path:
-    Checkpoint(model.params, SYMBOLS, model.state_dict(), {}).save(path)
+    Checkpoint(model.config, SYMBOLS, model.state_dict(), {}).save(path)
     return path
 
 
@@ -221,7 +221,7 @@ def test_what_is_drawn_of_the_positions_by_hand(position: str) -> None:
 
 def positions_of(model: LanguageModel) -> "Tensor | np.ndarray[Any, np.dtype[np.float64]]":
     angles = np.arange(8.0)[:, None] * 10_000 ** (-np.arange(8) / 8)
-    match model.params.position:
+    match model.config.position:
         case "learned":
             return model.get_parameter("positions.table.weight").detach()
         case "sinusoidal":

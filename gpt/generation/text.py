@@ -80,7 +80,7 @@ def samples_document(checkpoint: Checkpoint, params: GenerateParams, digest: str
 
 
 def _describe_sampling(params: GenerateParams) -> str:
-    """The sampling settings in one line; of the last four only those that differ from their defaults, which are off."""
+    """The sampling settings in one line; optional ones are listed if they differ from their defaults."""
     optional = {name: getattr(params, name) for name in ("top_p", "min_p", "repetition_penalty", "stop")}
     fields = GenerateParams.model_fields
     used = "".join(f", {name} {value}" for name, value in optional.items() if value != fields[name].default)

@@ -238,7 +238,7 @@ DOC = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
 
 
 def test_every_name_and_file_in_the_text_on_the_model_exists() -> None:
-    names = re.findall(r"\[`([\w.]+)`\]\(\.\./((?:gpt|stages)/\w+\.py)\)", DOC)
+    names = re.findall(r"\[`([\w.]+)`\]\(\.\./((?:gpt|stages)/[\w/]+\.py)\)", DOC)
     assert len(names) > 30
     for name, file in names:
         assert name in defined_in(ROOT / file), f"{name} in {file}"

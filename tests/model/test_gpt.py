@@ -81,11 +81,11 @@ def test_the_fused_kernel_agrees_with_the_reference(position: str) -> None:
     inputs = attention.attention_inputs(torch.randn(2, 50, 16))
     fused_BHTD, (reference_BHTD, scores) = scaled_dot_product(inputs, dropout=0), reference_attention(inputs)
     assert torch.allclose(fused_BHTD, reference_BHTD, atol=1e-5)
-    gradients = [
+    fused_gradient, reference_gradient = (
         torch.autograd.grad(mixed.square().sum(), attention.query.weight, retain_graph=True)[0]
         for mixed in (fused_BHTD, reference_BHTD)
-    ]
-    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-3)
+    )
+    assert torch.allclose(fused_gradient, reference_gradient, rtol=1e-3, atol=1e-3)
     assert torch.allclose(scores.weights.sum(-1), torch.ones(2, 2, 50))
     assert torch.all(scores.weights.triu(1) == 0)
     assert torch.all(scores.raw.isfinite())

@@ -71,7 +71,7 @@ class Decoder:
                 overflowed.append(sequence)
         if self._cache is None or len(overflowed) == len(tokens):
             return self._prefill(list(range(len(tokens))))
-        self._cache.reset(overflowed)  # their logits of this batch are replaced below
+        self._cache.reset(overflowed)  # they stay in the batch; their logits are replaced below
         last_B1 = torch.tensor(tokens, device=self._model.device)[:, None]
         logits_BV: Tensor = self._model(last_B1, self._cache)[:, -1].float().cpu()
         self._cache.advance(1)

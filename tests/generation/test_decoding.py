@@ -59,16 +59,11 @@ def test_neither_the_cache_nor_the_batch_changes_the_logits(variant: LanguageMod
 
 
 @torch.inference_mode()
-def test_a_full_window_keeps_its_last_half(variant: LanguageModel) -> None:
+def test_the_window_holds_the_end_of_a_long_prompt_and_keeps_its_last_half_when_full(variant: LanguageModel) -> None:
+    prompt = [0, 8, 3, 1, 4, 1, 5, 9, 2, 6]
     decoder = Decoder(variant)
-    decoder.prefill([[3, 1, 4, 1, 5, 9, 2, 6]])
+    assert torch.equal(decoder.prefill([prompt]), Decoder(variant).prefill([prompt[-8:]]))
     assert torch.allclose(decoder.step([7]), Decoder(variant).prefill([[5, 9, 2, 6, 7]]), atol=1e-5)
-
-
-@torch.inference_mode()
-def test_of_a_long_prompt_the_window_holds_the_end(model: GPT) -> None:
-    prompt = [1, 2, 3, 4, 0, 1, 2]
-    assert torch.equal(Decoder(model).prefill([prompt]), Decoder(model).prefill([prompt[-4:]]))
 
 
 def test_the_seed_alone_determines_the_tokens(model: GPT) -> None:

@@ -80,7 +80,7 @@ def inspect_model(model: LanguageModel, tokens: Sequence[int], decode: Decode) -
     """Run a model in float32 on at most `block_size` tokens and record its attention scores."""
     embeddings_VC = _embeddings(model)[:MAX_EMBEDDINGS]
     return ModelInspection(
-        kind=model.params.kind,
+        kind=model.config.kind,
         tokens=tuple(printable_token(decode([token])) for token in tokens),
         attention=_attention(model, tokens),
         positions=_positions(model),
@@ -156,14 +156,14 @@ def _positions(model: LanguageModel) -> Positions | None:
             case SinusoidalPositions():
                 values.append(torch.cat([part.table[:, 0::2], part.table[:, 1::2]], dim=1))
             case RotaryPositions():
-                values.append(part.turns.real)
+                values.append(part.rotations.real)
             case RelativePositions():
                 values.append(part.table.weight.norm(dim=-1)[None])
             case AlibiPositions():
-                values.append(-part.slopes[:, 0] * torch.arange(model.params.block_size, device=model.device))
+                values.append(-part.slopes[:, 0] * torch.arange(model.config.block_size, device=model.device))
     if not values:
         return None
-    scheme = model.params.position
+    scheme = model.config.position
     return Positions(scheme, _to_numpy(torch.cat(values) if scheme == "relative" else values[0]))
 
 

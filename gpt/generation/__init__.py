@@ -1,1 +1,1 @@
-"""From logits to text."""
+"""Text generation: sampling, decoding with a key-value cache, and text output."""

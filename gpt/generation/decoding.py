@@ -1,16 +1,13 @@
-"""Sampling: from scores to the next token, one token after the other, for several texts side by side."""
+"""Decoding: generate tokens one by one for a batch of sequences. Shapes: B sequences, T positions, V tokens."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from gpt.generation.sampling import (
-    SamplingParams,
-    draw,
-    filtered,
-)
+from gpt.generation.sampling import SamplingParams, next_token_probabilities, sample_tokens
 from gpt.model.gpt import LanguageModel
+from gpt.model.kv_cache import KVCache
 
 
 @torch.inference_mode()
@@ -22,82 +19,74 @@ def generate_tokens(
     *,
     cached: bool = True,
 ) -> Iterator[list[int]]:
-    """Continue prompts of at least one token each, side by side, which takes less time than in turn.
-
-    Yields the new tokens as they are drawn, one a text. The same seed gives the same text.
+    """Continue a batch of prompts of at least one token each; yield the next token of each sequence, step by step.
 
     Args:
-        seeds: one for each prompt.
-        cached: whether keys and values are kept (`Decoder`).
+        seeds: one for each prompt. The same seed gives the same tokens.
+        cached: see `Decoder`.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    reader = Decoder(model, texts=len(prompts), cached=cached)
-    read = [list(prompt) for prompt in prompts]
-    seen_BV: Tensor | None = None
-    for _ in range(params.max_new_tokens):
-        logits_BV = reader.step(read)
-        if seen_BV is None:
-            seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
-        for row, tokens in enumerate(read):
-            seen_BV[row, tokens] = True
-        drawn = draw(filtered(logits_BV, seen_BV, params), generators)
-        yield drawn
-        read = [[token] for token in drawn]
+    decoder = Decoder(model, cached=cached)
+    logits_BV = decoder.prefill(prompts)
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for sequence, prompt in enumerate(prompts):
+        seen_BV[sequence, list(prompt)] = True
+    for step in range(1, params.max_new_tokens + 1):
+        tokens = sample_tokens(next_token_probabilities(logits_BV, seen_BV, params), generators)
+        yield tokens
+        if step < params.max_new_tokens:
+            seen_BV[range(len(tokens)), tokens] = True
+            logits_BV = decoder.step(tokens)
 
 
 class Decoder:
-    """A model that reads texts side by side, each token once, and says what it expects after the last one of each.
+    """Computes the logits of the next token for a batch of growing sequences, each in a window of `block_size` tokens.
 
-    It sees at most `block_size` tokens: of a longer prompt the end; when the window of a text is full, its last half
-    stays and is read again. One rule for every scheme of positions, with and without a cache.
+    Of a longer prompt the window holds the end. A full window keeps its last half and the next token, and is prefilled
+    again, since the position of every token changes. This is the same for all position schemes.
 
     Args:
-        cached: whether keys and values are kept; without, every window is read anew at every token, as a reference.
+        cached: keep keys and values, so that a step computes one token; without, every step computes the whole window.
     """
 
-    def __init__(self, model: LanguageModel, texts: int, *, cached: bool = True) -> None:
-        self._model = model
-        self._cache = model.make_cache(texts) if cached else None
-        self._windows: list[list[int]] = [[] for _ in range(texts)]
+    def __init__(self, model: LanguageModel, *, cached: bool = True) -> None:
+        self._model, self._cached = model, cached
+        self._block_size = model.config.block_size
+        self._windows: list[list[int]] = []
+        self._cache: KVCache | None = None
 
-    def step(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Read on in each text, and score every token as its next one: logits (B, V), float32 on the CPU."""
-        anew = [row for row, new in enumerate(tokens) if self._extend(self._windows[row], new) or self._cache is None]
-        parts = []
-        if len(anew) < len(tokens):
-            parts.append((list(range(len(tokens))), self._one_more(anew)))
-        if anew:
-            parts.append((anew, self._read_anew(anew)))
-        logits_BV = torch.empty(len(tokens), parts[0][1].shape[-1])
-        for rows, found in parts:
-            logits_BV[rows] = found.float().cpu()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Start with these prompts; returns logits (B, V), float32 on the CPU."""
+        self._windows = [list(prompt[-self._block_size :]) for prompt in prompts]
+        self._cache = self._model.make_cache(len(prompts)) if self._cached else None
+        return self._prefill(list(range(len(prompts))))
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to each sequence; returns logits (B, V), float32 on the CPU."""
+        overflowed = []
+        for sequence, (window, token) in enumerate(zip(self._windows, tokens, strict=True)):
+            window.append(token)
+            if len(window) > self._block_size:
+                del window[: -(self._block_size // 2 + 1)]
+                overflowed.append(sequence)
+        if self._cache is None or len(overflowed) == len(tokens):
+            return self._prefill(list(range(len(tokens))))
+        self._cache.reset(overflowed)  # they stay in the batch; their logits are replaced below
+        last_B1 = torch.tensor(tokens, device=self._model.device)[:, None]
+        logits_BV: Tensor = self._model(last_B1, self._cache)[:, -1].float().cpu()
+        self._cache.advance(1)
+        if overflowed:
+            logits_BV[overflowed] = self._prefill(overflowed)
         return logits_BV
 
-    def _extend(self, window: list[int], new: Sequence[int]) -> bool:
-        """Add tokens to a window; returns whether it has to be read anew, and not just its last token."""
-        block, known = self._model.params.block_size, len(window)
-        window += new
-        if len(window) <= block:
-            return not known or len(new) > 1
-        del window[: -(block // 2 + 1) if known else -block]
-        return True
-
-    def _one_more(self, anew: list[int]) -> Tensor:
-        """Read the last token of every text, behind what the cache holds; texts to be read anew stand in the row."""
-        assert self._cache
-        self._cache.forget(anew)
-        last_BT = torch.tensor([window[-1:] for window in self._windows], device=self._model.device)
-        logits_BTV: Tensor = self._model(last_BT, self._cache)
-        self._cache.advance(1)
-        return logits_BTV[:, -1]
-
-    def _read_anew(self, rows: list[int]) -> Tensor:
-        """Read the windows of these texts from their beginnings on, the shorter ones filled up behind their ends."""
-        lengths = [len(self._windows[row]) for row in rows]
-        padded = [self._windows[row] + [0] * (max(lengths) - len(self._windows[row])) for row in rows]
-        cache = self._model.make_cache(len(rows)) if self._cache else None
+    def _prefill(self, sequences: list[int]) -> Tensor:
+        """Compute the windows of some sequences from the start, the shorter ones padded at the end."""
+        windows = [self._windows[sequence] for sequence in sequences]
+        lengths_B = torch.tensor([len(window) for window in windows], device=self._model.device)
+        padded = [window + [0] * (int(lengths_B.max()) - len(window)) for window in windows]
+        cache = self._model.make_cache(len(sequences)) if self._cache else None
         logits_BTV: Tensor = self._model(torch.tensor(padded, device=self._model.device), cache)
         if self._cache and cache:
-            cache.advance(torch.tensor(lengths, device=self._model.device))
-            self._cache.put(rows, cache)
-        return logits_BTV[range(len(rows)), [length - 1 for length in lengths]]
+            cache.advance(lengths_B)
+            self._cache.copy_from(cache, sequences)
+        return logits_BTV[range(len(windows)), lengths_B - 1].float().cpu()

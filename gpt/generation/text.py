@@ -1,8 +1,8 @@
-"""Let a trained model write: continue prompts, as it comes to the screen or whole into a file."""
+"""Text generation: continue prompts with a trained model, as a stream of chunks or as one document."""
 
-import io
 from collections.abc import Iterator, Sequence
-from itertools import count, tee
+from itertools import tee
+from operator import itemgetter
 from typing import Annotated
 
 import torch
@@ -14,11 +14,11 @@ from gpt.generation.sampling import SamplingParams
 from gpt.model.checkpoint import Checkpoint
 from gpt.model.device import CPU_THREADS
 
-SIDE_BY_SIDE = 16  # texts written at once; more take more memory and hardly less time
+BATCH_SIZE = 16  # larger batches need more memory and are hardly faster
 
 
 class GenerateParams(SamplingParams):
-    """The section `generate`; in a params file every key is required, as everywhere."""
+    """The section `generate`; in a params file every key is required."""
 
     prompts: list[str] = Field(default=[""], min_length=1)
     samples: int = Field(default=1, ge=1)
@@ -28,34 +28,34 @@ class GenerateParams(SamplingParams):
 def generate_texts(
     checkpoint: Checkpoint, params: GenerateParams, *, cached: bool = True
 ) -> Iterator[tuple[str, int, Iterator[str]]]:
-    """Every sample of every prompt: the prompt, the sample's number from 1, and the pieces of its continuation.
+    """Generate all samples of all prompts: yields the prompt, the number of the sample (from 1) and its text in chunks.
 
-    An empty prompt starts after a line end, which is where a new speaker or line begins; where the vocabulary has no
-    line end, after its first symbol.
+    An empty prompt stands for a newline, or for the first token of a vocabulary without one. Runs on the CPU: for one
+    token at a time a GPU is no faster, and gives other bits.
 
     Raises:
-        UserError: a prompt holds characters that the model does not know.
+        UserError: a prompt contains characters that are not in the vocabulary.
     """
-    torch.set_num_threads(CPU_THREADS)  # no GPU: one token at a time is too little work for it, and its bits differ
+    torch.set_num_threads(CPU_THREADS)
     model, tokenizer = checkpoint.build(), checkpoint.tokenizer
-    encoded = [_encode(checkpoint, prompt) if prompt else [tokenizer.start_token] for prompt in params.prompts]
-    wanted = [(number, turn) for number in range(len(encoded)) for turn in range(params.samples)]
-    for first in range(0, len(wanted), SIDE_BY_SIDE):
-        chosen = wanted[first : first + SIDE_BY_SIDE]
-        seeds = range(params.seed + first, params.seed + first + len(chosen))
-        drawn = generate_tokens(model, [encoded[number] for number, _ in chosen], params, seeds, cached=cached)
-        rows = tee(drawn, len(chosen))  # the first text comes as it is drawn, the others have come with it
-        for (number, turn), tokens in zip(chosen, map(_column, rows, count()), strict=True):
-            yield params.prompts[number], turn + 1, until(tokenizer.stream(tokens), params.stop)
+    encoded = {prompt: _encode(checkpoint, prompt) if prompt else [tokenizer.start_token] for prompt in params.prompts}
+    samples = [(prompt, number) for prompt in params.prompts for number in range(1, params.samples + 1)]
+    for first in range(0, len(samples), BATCH_SIZE):
+        batch = samples[first : first + BATCH_SIZE]
+        seeds = range(params.seed + first, params.seed + first + len(batch))
+        steps = generate_tokens(model, [encoded[prompt] for prompt, _ in batch], params, seeds, cached=cached)
+        # The first sample is streamed as it is generated; tee keeps the tokens of the others until they are read.
+        for index, ((prompt, number), copy) in enumerate(zip(batch, tee(steps, len(batch)), strict=True)):
+            yield prompt, number, stop_before(tokenizer.stream(map(itemgetter(index), copy)), params.stop)
 
 
-def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pass a text on up to the first of these strings, which is left out; what may become one is held back."""
-    longest = max(map(len, stops), default=1)
+def stop_before(chunks: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """Pass on the text up to the first stop string; text that may be the start of one is held back."""
+    longest = max(map(len, stop), default=1)
     held = ""
-    for piece in pieces:
-        held += piece
-        found = [at for at in (held.find(stop) for stop in stops) if at >= 0]
+    for chunk in chunks:
+        held += chunk
+        found = [index for index in map(held.find, stop) if index >= 0]
         if found:
             yield held[: min(found)]
             return
@@ -66,8 +66,25 @@ def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
     yield held
 
 
-def _column(rows: Iterator[list[int]], column: int) -> Iterator[int]:
-    return (row[column] for row in rows)
+def samples_document(checkpoint: Checkpoint, params: GenerateParams, digest: str, *, cached: bool) -> str:
+    """All samples as one text, with a header that names the checkpoint and corpus by SHA-256, and the settings."""
+    lines = [
+        f"checkpoint SHA-256 {digest}",
+        f"corpus     SHA-256 {checkpoint.about['corpus_sha256']}",
+        _describe_sampling(params),
+    ]
+    rule = "=" * 80
+    for prompt, number, chunks in generate_texts(checkpoint, params, cached=cached):
+        lines += ["", rule, f"prompt {prompt!r}, sample {number} of {params.samples}", rule, prompt + "".join(chunks)]
+    return "\n".join(lines) + "\n"
+
+
+def _describe_sampling(params: GenerateParams) -> str:
+    """The sampling settings in one line; optional ones are listed if they differ from their defaults."""
+    optional = {name: getattr(params, name) for name in ("top_p", "min_p", "repetition_penalty", "stop")}
+    fields = GenerateParams.model_fields
+    used = "".join(f", {name} {value}" for name, value in optional.items() if value != fields[name].default)
+    return f"temperature {params.temperature}, top_k {params.top_k or 'all'}{used}, seed {params.seed}"
 
 
 def _encode(checkpoint: Checkpoint, prompt: str) -> list[int]:
@@ -78,27 +95,3 @@ def _encode(checkpoint: Checkpoint, prompt: str) -> list[int]:
             f"prompt {prompt!r}: {error}, or choose another prompt: generate.prompts in the params file, or --prompt; "
             "an empty one always works"
         ) from None
-
-
-def _drawn_with(settings: GenerateParams) -> str:
-    """The settings of the drawing as a line: those that are always there, and those that are in use."""
-    used = {
-        "top_p": settings.top_p,
-        "min_p": settings.min_p,
-        "repetition_penalty": settings.repetition_penalty if settings.repetition_penalty != 1 else None,
-        "stop": settings.stop or None,
-    }
-    more = "".join(f", {name} {value}" for name, value in used.items() if value is not None)
-    return f"temperature {settings.temperature}, top_k {settings.top_k or 'all'}{more}, seed {settings.seed}"
-
-
-def samples_document(checkpoint: Checkpoint, settings: GenerateParams, digest: str, *, cached: bool) -> str:
-    """All samples as one text, headed by what made them: by content, so that text leads back to model and corpus."""
-    sheet = io.StringIO()
-    print(f"checkpoint SHA-256 {digest}", file=sheet)
-    print(f"corpus     SHA-256 {checkpoint.about['corpus_sha256']}", file=sheet)
-    print(_drawn_with(settings), file=sheet)
-    for prompt, turn, pieces in generate_texts(checkpoint, settings, cached=cached):
-        print(f"\n{'=' * 80}\nprompt {prompt!r}, sample {turn} of {settings.samples}\n{'=' * 80}", file=sheet)
-        print(prompt + "".join(pieces), file=sheet)
-    return sheet.getvalue()

@@ -1,1 +1,1 @@
-"""The GPT, its parts, and the checkpoint format."""
+"""The GPT, the baselines, and the checkpoint format."""

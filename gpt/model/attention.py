@@ -1,6 +1,6 @@
-"""Self-attention: every position asks the earlier ones, and takes from them what answers best.
+"""Causal multi-head self-attention.
 
-B sequences, T positions that ask and S that are asked, C channels in H heads of D.
+Shapes: B sequences, T query positions, S key positions, C channels in H heads of D channels.
 """
 
 from collections.abc import Callable
@@ -12,29 +12,29 @@ from torch.nn import functional as F
 
 from gpt.model.config import ModelConfig
 from gpt.model.kv_cache import KVCache
-from gpt.model.positions import ADDED_TO_SCORES, APPLIED_TO_QUERIES_AND_KEYS
+from gpt.model.positions import RotaryPositions, make_attention_bias
 
 NORMS: dict[str, Callable[..., Tensor]] = {"layer": F.layer_norm, "rms": F.rms_norm}
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """All that attention needs: queries, keys, values; what the scheme of positions adds to the scores; the future.
+    """Inputs of scaled dot-product attention.
 
-    `bias` is None where nothing is added. `future` is true where a key comes after the query, (T, S) or (B, 1, T, S);
-    None says that query and key of the same number stand at the same place, as in training.
+    `bias` is added to the scores, None where there is none. `mask` is true where a query may attend to a key, (T, S) or
+    (B, 1, T, S); None is the causal mask for queries and keys of the same positions, as in training.
     """
 
     q_BHTD: Tensor
     k_BHSD: Tensor
     v_BHSD: Tensor
     bias: Tensor | None
-    future: Tensor | None
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
 class AttentionScores:
-    """How much each position takes from each earlier one, (B, H, T, S): before the mask, after it, after softmax."""
+    """Attention scores (B, H, T, S) before the mask, after the mask, and after softmax."""
 
     raw: Tensor
     masked: Tensor
@@ -42,73 +42,67 @@ class AttentionScores:
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2): every position looks back at earlier ones.
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2): each position attends to earlier ones."""
 
-    Each head asks with a query, is found by a key and gives a value; the mask hides what comes later.
-    """
-
-    def __init__(self, params: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        width, self.head_size, self.layer = params.n_embd, params.head_size, layer
-        self.dropout, self.norm = params.dropout, NORMS[params.norm] if params.qk_norm else None
-        self.query, self.key, self.value, self.output = (nn.Linear(width, width, params.bias) for _ in range(4))
-        turn, bias = APPLIED_TO_QUERIES_AND_KEYS.get(params.position), ADDED_TO_SCORES.get(params.position)
-        self.turn = turn(params) if turn else None
-        self.bias = bias(params) if bias else None
+        width, self.head_size, self.layer = config.n_embd, config.head_size, layer
+        self.dropout, self.norm = config.dropout, NORMS[config.norm] if config.qk_norm else None
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width, config.bias) for _ in range(4))
+        self.rotary = RotaryPositions(config) if config.position == "rotary" else None
+        self.bias = make_attention_bias(config)
 
     def forward(self, x_BTC: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Mix earlier positions into each position, (B, T, C) to (B, T, C)."""
-        mixed_BHTD = scaled_dot_product(
-            self.attention_inputs(x_BTC, cache), dropout=self.dropout if self.training else 0.0
-        )
+        """Mix the values of earlier positions into each position, (B, T, C) to (B, T, C)."""
+        inputs = self.attention_inputs(x_BTC, cache)
+        mixed_BHTD = scaled_dot_product(inputs, dropout=self.dropout if self.training else 0.0)
         mixed_BTC: Tensor = self.output(mixed_BHTD.transpose(1, 2).flatten(2))
         return mixed_BTC
 
     def attention_inputs(self, x_BTC: Tensor, cache: KVCache | None = None) -> AttentionInputs:
-        """Queries, keys and values of each position, and what the scheme of positions makes of them."""
+        """Project to queries, keys and values, and apply the position scheme and the cache."""
         q_BTHD, k_BTHD, v_BTHD = (
-            part(x_BTC).unflatten(-1, (-1, self.head_size)) for part in (self.query, self.key, self.value)
+            project(x_BTC).unflatten(-1, (-1, self.head_size)) for project in (self.query, self.key, self.value)
         )
-        length = x_BTC.shape[1]
-        positions_BT = cache.places(length) if cache else None
-        if self.norm:  # so that no score grows without bounds (Henry et al. 2020)
+        positions_BT = cache.positions(x_BTC.shape[1]) if cache else None
+        if self.norm:  # bounds the scores (Henry et al. 2020)
             q_BTHD, k_BTHD = self.norm(q_BTHD, (self.head_size,)), self.norm(k_BTHD, (self.head_size,))
-        if self.turn:
-            q_BTHD, k_BTHD = self.turn(q_BTHD, positions_BT), self.turn(k_BTHD, positions_BT)
+        if self.rotary:
+            q_BTHD, k_BTHD = self.rotary(q_BTHD, positions_BT), self.rotary(k_BTHD, positions_BT)
         if cache:
-            k_BTHD, v_BTHD = cache.extend(self.layer, k_BTHD, v_BTHD)
-        q_BHTD, k_BHSD, v_BHSD = (part_BTHD.transpose(1, 2) for part_BTHD in (q_BTHD, k_BTHD, v_BTHD))
-        if q_BHTD.device.type == "cpu":  # where the backward pass takes five times as long in bfloat16
+            k_BTHD, v_BTHD = cache.update(self.layer, k_BTHD, v_BTHD)
+        q_BHTD, k_BHSD, v_BHSD = (x_BTHD.transpose(1, 2) for x_BTHD in (q_BTHD, k_BTHD, v_BTHD))
+        if q_BHTD.device.type == "cpu":  # in bfloat16 the backward pass takes five times as long there
             q_BHTD, k_BHSD, v_BHSD = q_BHTD.float(), k_BHSD.float(), v_BHSD.float()
         if positions_BT is None and not self.bias:
-            return AttentionInputs(q_BHTD, k_BHSD, v_BHSD, None, None)
+            return AttentionInputs(q_BHTD, k_BHSD, v_BHSD, bias=None, mask=None)
         keys_S = torch.arange(k_BHSD.shape[2], device=x_BTC.device)
         distances = (keys_S if positions_BT is None else positions_BT)[..., None] - keys_S
-        future = distances < 0 if positions_BT is None else (distances < 0).unsqueeze(1)
+        mask = distances >= 0 if positions_BT is None else (distances >= 0).unsqueeze(1)
         with torch.autocast("cpu", enabled=False):
             bias = self.bias(q_BHTD, distances) if self.bias else None
-        return AttentionInputs(q_BHTD, k_BHSD, v_BHSD, bias, future)
+        return AttentionInputs(q_BHTD, k_BHSD, v_BHSD, bias, mask)
 
 
-def scaled_dot_product(asked: AttentionInputs, *, dropout: float) -> Tensor:
-    """Mix the values by how well query and key agree, (B, H, T, D): `reference_attention` by fast kernels."""
-    mask = None if asked.future is None else ~asked.future
-    if asked.bias is not None and asked.future is not None:
-        mask = asked.bias.masked_fill(asked.future, -torch.inf)
+def scaled_dot_product(inputs: AttentionInputs, *, dropout: float) -> Tensor:
+    """Attention output (B, H, T, D), by torch's fused kernels; the formula is in `reference_attention`."""
+    mask = inputs.mask
+    if inputs.bias is not None and mask is not None:
+        mask = inputs.bias.masked_fill(~mask, -torch.inf)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(
-            asked.q_BHTD, asked.k_BHSD, asked.v_BHSD, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+            inputs.q_BHTD, inputs.k_BHSD, inputs.v_BHSD, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
         )
 
 
-def reference_attention(asked: AttentionInputs) -> tuple[Tensor, AttentionScores]:
-    """softmax(Q Kᵀ / √D + mask) V, term by term (Vaswani et al. 2017, equation 1), and the scores on the way."""
-    raw_BHTS = asked.q_BHTD @ asked.k_BHSD.mT / asked.q_BHTD.shape[-1] ** 0.5
-    if asked.bias is not None:
-        raw_BHTS = raw_BHTS + asked.bias
-    future = asked.future
-    if future is None:
-        future = torch.ones(raw_BHTS.shape[-2:], dtype=torch.bool, device=raw_BHTS.device).triu(1)
-    masked_BHTS = raw_BHTS.masked_fill(future, -torch.inf)
+def reference_attention(inputs: AttentionInputs) -> tuple[Tensor, AttentionScores]:
+    """softmax(Q Kᵀ / √D + mask) V, step by step (Vaswani et al. 2017, equation 1), with the scores of each step."""
+    raw_BHTS = inputs.q_BHTD @ inputs.k_BHSD.mT / inputs.q_BHTD.shape[-1] ** 0.5
+    if inputs.bias is not None:
+        raw_BHTS = raw_BHTS + inputs.bias
+    mask = inputs.mask
+    if mask is None:
+        mask = torch.ones(raw_BHTS.shape[-2:], dtype=torch.bool, device=raw_BHTS.device).tril()
+    masked_BHTS = raw_BHTS.masked_fill(~mask, -torch.inf)
     weights_BHTS = masked_BHTS.softmax(-1)
-    return weights_BHTS @ asked.v_BHSD, AttentionScores(raw_BHTS, masked_BHTS, weights_BHTS)
+    return weights_BHTS @ inputs.v_BHSD, AttentionScores(raw_BHTS, masked_BHTS, weights_BHTS)

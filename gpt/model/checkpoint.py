@@ -1,7 +1,7 @@
-"""The checkpoint format: whole or refused, and never run as code.
+"""The checkpoint format: a damaged file is refused, and loading never runs code.
 
-A file is what `torch.save` writes, then a trailer with the SHA-256 of all bytes before it; `torch.load` still reads
-such a file. It holds plain tensors and one canonical JSON text, so it loads with `weights_only=True`, always.
+A file is the output of `torch.save` followed by a trailer with the SHA-256 of all bytes before it; `torch.load` ignores
+the trailer. The content is plain tensors and one canonical JSON string, and is loaded with `weights_only=True`.
 """
 
 import hashlib
@@ -32,9 +32,10 @@ TRAILER_LENGTH = len(TRAILER) + 64 + 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model and where it comes from.
+    """A trained model with its tokenizer and its origin.
 
-    `about` says by content what made it: training params, digest of the corpus, step and validation loss.
+    `model` is the model's configuration. `about` holds the training params, the SHA-256 of the corpus, the step and the
+    validation loss.
     """
 
     model: ModelConfig
@@ -43,43 +44,43 @@ class Checkpoint:
     about: Mapping[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint; equal contents give equal bytes."""
+        """Write the checkpoint atomically; equal contents give equal bytes."""
         metadata = {"model": self.model.model_dump(), "tokenizer": self.tokenizer.to_json(), "about": dict(self.about)}
         write_tensors(path, metadata, {"weights": dict(self.weights)})
 
     def build(self) -> LanguageModel:
-        """The model itself, on the CPU, ready to predict."""
-        with _NoFirstWeights():
+        """Construct the model with these weights, on the CPU and in evaluation mode."""
+        with _SkipWeightInit():
             model = make_model(self.model, self.tokenizer.vocab_size)
         model.load_state_dict(dict(self.weights))
         return model.eval()
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and check every part of it.
+    """Read a checkpoint and validate every part of it.
 
     Raises:
-        UserError: the file is missing, damaged, of another format, or its weights do not fit its own description.
+        UserError: the file is missing, damaged or of another format, or the weights do not match the configuration.
     """
     metadata, tensors = read_tensors(path)
     try:
-        params = ModelConfig.model_validate(metadata["model"])
+        config = ModelConfig.model_validate(metadata["model"])
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
         weights, about = tensors["weights"], metadata["about"]
-        with _NoFirstWeights():
-            expected = make_model(params, tokenizer.vocab_size).state_dict()
+        with _SkipWeightInit():
+            expected = make_model(config, tokenizer.vocab_size).state_dict()
         difference = _difference(expected, weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UserError) as error:
         reason = "; ".join(str(error).splitlines())
         raise UserError(f"{path}: expected a trained model, found no valid {reason}; train again") from None
     if difference:
-        raise UserError(f"{path}: weights do not fit the model that the file describes: {difference}; train again")
-    return Checkpoint(params, tokenizer, weights, about)
+        raise UserError(f"{path}: weights do not match the model configuration in the file: {difference}; train again")
+    return Checkpoint(config, tokenizer, weights, about)
 
 
 def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
-    """Write metadata and nested dicts of tensors under a final name, all or nothing."""
-    buffer = io.BytesIO()  # an open file, not a path: torch writes a path's stem into the bytes
+    """Write metadata and nested dicts of tensors atomically."""
+    buffer = io.BytesIO()  # not a path: torch.save writes the stem of a path into the file
     torch.save({"format": FORMAT, "metadata": canonical_json(metadata), **tensors}, buffer)
     content = buffer.getbuffer()
     with atomic_write(path) as file:
@@ -88,10 +89,10 @@ def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str,
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `write_tensors` wrote: the metadata and the rest.
+    """Read a file of `write_tensors`: the metadata and the tensors.
 
     Raises:
-        UserError: the file is missing, is none of ours, is damaged, or holds more than plain tensors.
+        UserError: the file is missing, of another format or damaged, or holds more than plain tensors.
     """
     try:
         data = path.read_bytes()
@@ -103,7 +104,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not trailer.startswith(TRAILER):
         raise UserError(
             f"{path}: expected a checkpoint that ends with its SHA-256, found {len(data):,} bytes without one; "
-            "it is cut short or not a checkpoint of this project: train again or restore it with dvc checkout"
+            "it is truncated or not a checkpoint of this project: train again or restore it with dvc checkout"
         )
     stated, found = trailer[len(TRAILER) : -1].decode("ascii", "replace"), hashlib.sha256(content).hexdigest()
     if stated != found or trailer[-1:] != b"\n":
@@ -115,7 +116,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: expected plain tensors, found something that was not loaded ({reason})") from None
+        raise UserError(
+            f"{path}: expected plain tensors, found other objects, which were not loaded ({reason})"
+        ) from None
     version = loaded.pop("format", None) if isinstance(loaded, dict) else None
     if version != FORMAT:
         raise UserError(f"{path}: expected a checkpoint of format {FORMAT}, found {version or 'none'}; train again")
@@ -125,10 +128,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{path}: expected metadata as JSON, found none; train again") from None
 
 
-class _NoFirstWeights(TorchFunctionMode):
-    """Modules made meanwhile do not draw their first weights, and so touch no memory, however large they claim to be.
+class _SkipWeightInit(TorchFunctionMode):
+    """Skips the weight initialization of modules constructed in this context, so that their memory is never touched.
 
-    Torch's own device for that, meta, imports its compiler, which takes a second.
+    The file's configuration may claim any size. (Torch's meta device imports torch's compiler, which takes a second.)
     """
 
     def __torch_function__(
@@ -140,7 +143,7 @@ class _NoFirstWeights(TorchFunctionMode):
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Field by field what differs in names, shapes and types of two sets of weights; empty where nothing does."""
+    """The differences in names, shapes and types between two sets of weights; empty if there are none."""
     lines = [f"{name} is missing" for name in expected if name not in found]
     lines += [f"{name} is unknown" for name in found if name not in expected]
     for name in expected.keys() & found.keys():

@@ -1,4 +1,4 @@
-"""What a model is made of: the section `model`."""
+"""The model configuration: the section `model` of the params file."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from gpt.core.params import Section
 
 
 class ModelConfig(Section):
-    """The section `model`; the simpler kinds pass over the keys that say nothing about them."""
+    """The section `model`; the baselines ignore the keys that do not apply to them."""
 
     kind: Literal["bigram", "average", "head", "gpt"]
     n_layer: int = Field(ge=1)
@@ -28,18 +28,18 @@ class ModelConfig(Section):
 
     @property
     def head_size(self) -> int:
-        """Channels of a head: the heads share the width."""
+        """Number of channels of an attention head."""
         return self.n_embd // self.n_head
 
     @model_validator(mode="after")
-    def _heads_share_the_width(self) -> "ModelConfig":
+    def _check_widths(self) -> "ModelConfig":
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd: expected a multiple of n_head ({self.n_head}), found {self.n_embd}; change one of the two"
             )
         if self.position == "rotary" and self.head_size % 2:
             raise ValueError(
-                f"n_embd: expected an even number of channels a head for position rotary, found "
+                f"n_embd: expected an even number of channels per head for position rotary, found "
                 f"{self.head_size}; change n_embd or n_head"
             )
         if self.position == "sinusoidal" and self.n_embd % 2:

@@ -1,4 +1,4 @@
-"""Where the numbers are computed: on a GPU or on the CPU, there always with the same number of threads."""
+"""Choice of the device, and the fixed number of CPU threads."""
 
 import os
 
@@ -6,23 +6,24 @@ import torch
 
 from gpt.core.errors import UserError
 
-CPU_THREADS = 1  # of a process; another number of threads gives other bits
+CPU_THREADS = 1  # per process; results are bit-identical only for the same number of threads
 
 
-def choose_device(wish: str, key: str) -> torch.device:
-    """The device of this process: `auto` takes a GPU where there is one, with torchrun the one of the local rank.
+def choose_device(setting: str, key: str) -> torch.device:
+    """The device of this process, and set the number of CPU threads; under torchrun, the GPU of the local rank.
 
     Args:
-        key: the params key that the wish comes from, for the error.
+        setting: cpu, cuda, or auto: a GPU if there is one.
+        key: the params key of the setting, for the error message.
 
     Raises:
-        UserError: a GPU is demanded and none is there.
+        UserError: the setting is cuda and there is no GPU.
     """
     has_gpu = torch.cuda.is_available()
-    if wish == "cuda" and not has_gpu:
+    if setting == "cuda" and not has_gpu:
         raise UserError(f"{key}: expected a GPU for 'cuda', found none that torch can use; set it to auto or cpu")
     torch.set_num_threads(CPU_THREADS)
-    if wish == "cpu" or not has_gpu:
+    if setting == "cpu" or not has_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -30,5 +31,5 @@ def choose_device(wish: str, key: str) -> torch.device:
 
 
 def slow_in_bfloat16(device: torch.device) -> bool:
-    """Whether torch has to take bfloat16 products apart here: on a CPU without AVX-512 or the like."""
+    """Whether torch emulates bfloat16 products on this device: on a CPU without AVX-512 or similar instructions."""
     return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

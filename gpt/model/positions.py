@@ -1,8 +1,7 @@
-"""How a model knows the order of its tokens: attention by itself sees a set.
+"""Position schemes: how the model knows the order of its tokens. Attention alone treats them as a set.
 
-Six schemes, `none` among them; each class says where it acts, what it costs, and what it can past the block it was
-trained on. Places are counted from 0; they are given as (B, T) where texts stand at different places, and left out
-where every text starts at 0. S keys are asked by T queries, H heads of D channels.
+Positions are counted from 0. They are passed as (B, T) where the sequences of a batch are at different positions, and
+as None where every sequence starts at 0. Shapes: T queries, S keys, C channels in H heads of D channels, E = D / 2.
 """
 
 import torch
@@ -10,83 +9,83 @@ from torch import Tensor, nn
 
 from gpt.model.config import ModelConfig
 
-BASE = 10_000  # of the slowest angle, as in both papers
-REACH = 32  # distances that have a vector of their own; in the paper, words, 16 were as good as more
+BASE = 10_000  # wavelengths range from 2π to 2π · BASE positions, as in both papers
+REACH = 32  # distances from here on share one vector; the paper found no gain above 16 words
 
 
 class LearnedPositions(nn.Module):
-    """A trained vector for each place, added to the token's (Vaswani et al. 2017, section 3.5; GPT-2).
+    """A trained vector for each position, added to the embedding (Vaswani et al. 2017, section 3.5; GPT-2).
 
-    Acts on the embeddings. Costs a row of C numbers a place; knows no place past `block_size`.
+    Costs T · C weights. There is no vector past `block_size`.
     """
 
-    def __init__(self, params: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.table = nn.Embedding(params.block_size, params.n_embd)
+        self.table = nn.Embedding(config.block_size, config.n_embd)
 
     def forward(self, x_BTC: Tensor, positions_BT: Tensor | None) -> Tensor:
-        """Add to each position the vector of its place."""
-        return x_BTC + _rows(self.table.weight, x_BTC.shape[1], positions_BT)
+        """Add the position vectors, (B, T, C)."""
+        return x_BTC + _at_positions(self.table.weight, x_BTC.shape[1], positions_BT)
 
 
 class SinusoidalPositions(nn.Module):
-    """Sines and cosines of slower and slower waves, added to the token's vector (Vaswani et al. 2017, section 3.5).
+    """Sines and cosines of increasing wavelengths, added to the embedding (Vaswani et al. 2017, section 3.5).
 
-    Acts on the embeddings. Nothing is trained; there are numbers for any place, which the model has never seen, though.
+    Has no weights and is defined for any position, but positions past `block_size` do not occur in training.
     """
 
     table: Tensor  # (T, C)
 
-    def __init__(self, params: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        angles_TE = _angles(params.block_size, params.n_embd)
+        angles_TE = _angles(config.block_size, config.n_embd)
         waves_TC = torch.stack([angles_TE.sin(), angles_TE.cos()], dim=-1).flatten(1)
-        height = 1 if params.ngram > 1 else 0.02  # of the vectors they join: n-grams are normalised, tokens start small
-        self.register_buffer("table", (height * waves_TC).float(), persistent=False)
+        scale = 1 if config.ngram > 1 else 0.02  # that of the embeddings: normalized with n-grams, else as initialized
+        self.register_buffer("table", (scale * waves_TC).float(), persistent=False)
 
     def forward(self, x_BTC: Tensor, positions_BT: Tensor | None) -> Tensor:
-        """Add to each position the waves of its place."""
-        return x_BTC + _rows(self.table, x_BTC.shape[1], positions_BT)
+        """Add the position vectors, (B, T, C)."""
+        return x_BTC + _at_positions(self.table, x_BTC.shape[1], positions_BT)
 
 
 class RotaryPositions(nn.Module):
-    """Turns queries and keys by an angle that grows with their place (Su et al. 2021, section 3.2).
+    """Rotates queries and keys by angles proportional to their position (RoPE; Su et al. 2021, section 3.2).
 
-    Acts on queries and keys: their product then depends on how far apart they stand, not on where. Nothing is trained;
-    farther than the block the angles are new to the model, and it gets worse soon.
+    The score then depends on the distance between query and key only. Has no weights. Distances past `block_size` do
+    not occur in training, so quality degrades there.
     """
 
-    turns: Tensor  # (T, E), complex: E = D / 2
+    rotations: Tensor  # (T, E), complex
 
-    def __init__(self, params: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        angles_TE = _angles(params.block_size, params.head_size)
-        turns_TE = torch.polar(torch.ones_like(angles_TE), angles_TE).to(torch.complex64)
-        self.register_buffer("turns", turns_TE, persistent=False)
+        angles_TE = _angles(config.block_size, config.head_size)
+        rotations_TE = torch.polar(torch.ones_like(angles_TE), angles_TE).to(torch.complex64)
+        self.register_buffer("rotations", rotations_TE, persistent=False)
 
     def forward(self, x_BTHD: Tensor, positions_BT: Tensor | None) -> Tensor:
-        """Turn each pair of neighbouring channels.
+        """Rotate each pair of neighbouring channels, (B, T, H, D).
 
-        A pair is read as one complex number, which is the fastest way to do it in torch.
+        A pair is treated as one complex number: the fastest way in torch.
         """
         pairs_BTHE = torch.view_as_complex(x_BTHD.float().view(*x_BTHD.shape[:-1], -1, 2))
-        turned_BTHE = pairs_BTHE * _rows(self.turns, x_BTHD.shape[1], positions_BT).unsqueeze(-2)
-        return torch.view_as_real(turned_BTHE).flatten(-2)
+        rotations_TE = _at_positions(self.rotations, x_BTHD.shape[1], positions_BT)
+        return torch.view_as_real(pairs_BTHE * rotations_TE.unsqueeze(-2)).flatten(-2)
 
 
 class RelativePositions(nn.Module):
-    """A trained vector for each distance, added to the key when a query asks it (Shaw et al. 2018, section 3.2).
+    """A trained vector for each distance, added to the key (Shaw et al. 2018, section 3.2).
 
-    Acts on the scores: q · (k + r) = q · k + q · r. The heads share the vectors. From `REACH` on all distances are one,
-    so that any length can be read. Costs a product of every query with all the vectors.
+    Computed as a bias of the scores: q · (k + r) = q · k + q · r. All heads share the vectors. Costs a product of each
+    query with all of them; distances of at least `REACH` share one, so any length is possible.
     """
 
-    def __init__(self, params: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.table = nn.Embedding(REACH + 1, params.head_size)
+        self.table = nn.Embedding(REACH + 1, config.head_size)
 
     def forward(self, q_BHTD: Tensor, distances: Tensor) -> Tensor:
-        """What is added to the scores, (B, H, T, S); `distances` from query back to key, (T, S) or (B, T, S)."""
+        """Bias of the scores, (B, H, T, S); `distances` are query minus key position, (T, S) or (B, T, S)."""
         by_distance_BHTR = q_BHTD @ self.table.weight.T * q_BHTD.shape[-1] ** -0.5
         index = distances.clamp(0, REACH)
         bias_BHTS: Tensor = by_distance_BHTR.gather(-1, index.unsqueeze(-3).expand(*q_BHTD.shape[:3], -1))
@@ -94,34 +93,41 @@ class RelativePositions(nn.Module):
 
 
 class AlibiPositions(nn.Module):
-    """A penalty that grows with the distance, in each head at another rate (Press et al. 2022, section 3).
+    """A penalty on the scores, linear in the distance, with a slope for each head (Press et al. 2022, section 3).
 
-    Acts on the scores. Nothing is trained, and more text than the block can be read: what is far away only counts less.
+    Has no weights. Made for contexts longer than those of training.
     """
 
     slopes: Tensor  # (H, 1, 1)
 
-    def __init__(self, params: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        heads_H = torch.arange(1, params.n_head + 1, dtype=torch.float32)
-        self.register_buffer("slopes", (2 ** (-8 * heads_H / params.n_head))[:, None, None], persistent=False)
+        heads_H = torch.arange(1, config.n_head + 1, dtype=torch.float32)
+        self.register_buffer("slopes", (2 ** (-8 * heads_H / config.n_head))[:, None, None], persistent=False)
 
-    def forward(self, q_BHTD: Tensor, distances: Tensor) -> Tensor:  # noqa: ARG002 (as all that act on scores)
-        """What is added to the scores, (H, T, S) or (B, H, T, S)."""
+    def forward(self, q_BHTD: Tensor, distances: Tensor) -> Tensor:  # noqa: ARG002 (same signature as RelativePositions)
+        """Bias of the scores, (H, T, S) or (B, H, T, S)."""
         return -self.slopes * distances.unsqueeze(-3)
 
 
-ADDED_TO_EMBEDDINGS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}
-APPLIED_TO_QUERIES_AND_KEYS = {"rotary": RotaryPositions}
-ADDED_TO_SCORES = {"relative": RelativePositions, "alibi": AlibiPositions}
+def make_position_embedding(config: ModelConfig) -> nn.Module | None:
+    """The scheme that adds to the embeddings, if `config.position` is one."""
+    schemes = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}
+    return schemes[config.position](config) if config.position in schemes else None
 
 
-def _angles(places: int, channels: int) -> Tensor:
-    """How far each place has turned on each of the waves, (T, channels / 2), float64: the first wave is the fastest."""
-    speeds_E = BASE ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-    return torch.arange(places, dtype=torch.float64)[:, None] * speeds_E
+def make_attention_bias(config: ModelConfig) -> nn.Module | None:
+    """The scheme that adds to the attention scores, if `config.position` is one."""
+    schemes = {"relative": RelativePositions, "alibi": AlibiPositions}
+    return schemes[config.position](config) if config.position in schemes else None
 
 
-def _rows(table: Tensor, length: int, positions_BT: Tensor | None) -> Tensor:
-    """The rows of those places, (B, T, …); without places the first ones, (T, …)."""
+def _angles(positions: int, channels: int) -> Tensor:
+    """Angle of each position at each frequency, highest frequency first, (T, channels / 2), float64."""
+    frequencies_E = BASE ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    return torch.arange(positions, dtype=torch.float64)[:, None] * frequencies_E
+
+
+def _at_positions(table: Tensor, length: int, positions_BT: Tensor | None) -> Tensor:
+    """Entries of the table at the positions, (B, T, …), or at the first `length` ones, (T, …)."""
     return table[:length] if positions_BT is None else table[positions_BT]

@@ -144,7 +144,7 @@ def _write(trainer: Trainer, outputs: Outputs, history: History) -> None:
         "step": progress.best_step,
         "val_loss": progress.best_loss,
     }
-    Checkpoint(trainer.model.params, trainer.data.tokenizer, trainer.best, about).save(outputs.checkpoint)
+    Checkpoint(trainer.model.config, trainer.data.tokenizer, trainer.best, about).save(outputs.checkpoint)
     history.write_csv(outputs.history, outputs.validation)
     assert progress.best_loss is not None  # the last step, at the latest, is an evaluation
     train_loss = {record.step: record.train_loss for record in history.records}[progress.best_step]

@@ -80,7 +80,7 @@ class Trainer:
             self.model.compile()  # in place: the names of the weights stay
         self._sharded = ShardedModel(self.model, group, params.shards)
         self.optimizers = make_optimizers(params, self.model, group)
-        block = model.params.block_size
+        block = model.config.block_size
         batch_size = max(1, EVALUATION_TOKENS // block)
         self._val_batches = evaluation_windows(data, block_size=block, batch_size=batch_size)
 
@@ -101,7 +101,7 @@ class Trainer:
         while progress.step < params.max_steps:
             rate, norm, stop = self.train_step(asked_to_stop())
             step = progress.step
-            tokens += params.batch_size * self.model.params.block_size
+            tokens += params.batch_size * self.model.config.block_size
             last = step == params.max_steps
             seconds = time.monotonic() - began
             val_loss = self.evaluate() if last or step % params.eval_interval == 0 else None
@@ -208,7 +208,7 @@ class Trainer:
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=mixed)
 
     def _windows_of_shard(self, shard: int) -> Batch:
-        params, block_size = self.params, self.model.params.block_size
+        params, block_size = self.params, self.model.config.block_size
         count = params.batch_size // params.shards
         if params.windows == "random":
             return random_windows(self.data.train, count=count, block_size=block_size)

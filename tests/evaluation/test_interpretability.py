@@ -40,7 +40,7 @@ def strong_model(params: ModelConfig) -> LanguageModel:
 
 
 def save(path: Path, model: LanguageModel) -> Path:
-    Checkpoint(model.params, TOKENIZER, model.state_dict(), {}).save(path)
+    Checkpoint(model.config, TOKENIZER, model.state_dict(), {}).save(path)
     return path
 
 
@@ -218,7 +218,7 @@ def test_position_values_by_hand(position: str) -> None:
 
 def expected_positions(model: LanguageModel) -> "Tensor | np.ndarray[Any, np.dtype[np.float64]]":
     angles = np.arange(8.0)[:, None] * 10_000 ** (-np.arange(8) / 8)
-    match model.params.position:
+    match model.config.position:
         case "learned":
             return model.get_parameter("positions.table.weight").detach()
         case "sinusoidal":

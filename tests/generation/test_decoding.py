@@ -1,0 +1,118 @@
+"""Decoding follows the model's probabilities, and neither the cache nor the batch changes the result."""
+
+import pytest
+import torch
+from torch import nn
+
+from gpt.generation.decoding import Decoder, generate_tokens
+from gpt.generation.sampling import SamplingParams
+from gpt.model.baselines import MODEL_CLASSES, make_model
+from gpt.model.gpt import GPT, LanguageModel
+from tests.support.common import model_params
+
+PROMPTS = [[1], [2, 3, 4, 5, 6], [7] * 8, list(range(11)) * 2]  # shorter than, as long as and longer than the window
+VARIANTS = {
+    **{name: {"position": name} for name in ("learned", "sinusoidal", "relative", "rotary", "alibi", "none")},
+    **{kind: {"kind": kind, "position": "learned"} for kind in MODEL_CLASSES},
+    "no n-grams": {"ngram": 1},
+}
+
+
+@pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> LanguageModel:
+    """A model with weights so large that the logits depend on every token of the window."""
+    torch.manual_seed(0)
+    config = model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0, **request.param)
+    model = make_model(config, vocab_size=11).eval()
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(model_params(n_layer=1, n_head=1, n_embd=8, block_size=4, dropout=0), vocab_size=5)
+    nn.init.normal_(model.token_embedding.weight, std=0.3)
+    return model.eval()
+
+
+def generate(model: LanguageModel, prompt: list[int], params: SamplingParams, seed: int) -> list[int]:
+    """The continuation of a single prompt."""
+    return [token for (token,) in generate_tokens(model, [prompt], params, [seed])]
+
+
+@torch.inference_mode()
+def test_neither_the_cache_nor_the_batch_changes_the_logits(variant: LanguageModel) -> None:
+    """Also after windows have overflowed at different steps."""
+    torch.manual_seed(1)
+    cached, reference = Decoder(variant), Decoder(variant, cached=False)
+    single = [Decoder(variant) for _ in PROMPTS]
+    actual_BV, expected_BV = cached.prefill(PROMPTS), reference.prefill(PROMPTS)
+    single_BV = torch.cat([decoder.prefill([prompt]) for decoder, prompt in zip(single, PROMPTS, strict=True)])
+    for _ in range(30):
+        assert torch.allclose(actual_BV, expected_BV, atol=1e-4)
+        assert torch.allclose(single_BV, expected_BV, atol=1e-4)
+        tokens = torch.randint(11, (4,)).tolist()
+        actual_BV, expected_BV = cached.step(tokens), reference.step(tokens)
+        single_BV = torch.cat([decoder.step([token]) for decoder, token in zip(single, tokens, strict=True)])
+
+
+@torch.inference_mode()
+def test_the_window_holds_the_end_of_a_long_prompt_and_keeps_its_last_half_when_full(variant: LanguageModel) -> None:
+    prompt = [0, 8, 3, 1, 4, 1, 5, 9, 2, 6]
+    decoder = Decoder(variant)
+    assert torch.equal(decoder.prefill([prompt]), Decoder(variant).prefill([prompt[-8:]]))
+    assert torch.allclose(decoder.step([7]), Decoder(variant).prefill([[5, 9, 2, 6, 7]]), atol=1e-5)
+
+
+def test_the_seed_alone_determines_the_tokens(model: GPT) -> None:
+    params = SamplingParams(max_new_tokens=30)
+    torch.manual_seed(1)
+    first = generate(model, [0], params, seed=1)
+    torch.manual_seed(2)
+    assert first == generate(model, [0], params, seed=1)
+    assert first != generate(model, [0], params, seed=2)
+    assert len(first) == 30
+
+
+def test_temperature_0_and_top_k_1_take_the_most_probable_token(model: GPT) -> None:
+    greedy = generate(model, [0], SamplingParams(max_new_tokens=12, temperature=0), seed=1)
+    window = [0]  # of at most 4 tokens
+    for token in greedy:
+        assert token == int(model(torch.tensor([window]))[0, -1].argmax())
+        window = [*(window[-2:] if len(window) == 4 else window), token]
+    for params in (SamplingParams(max_new_tokens=12, top_k=1), SamplingParams(max_new_tokens=12, temperature=1e-9)):
+        assert generate(model, [0], params, seed=5) == greedy
+
+
+def test_the_repetition_penalty_prevents_loops() -> None:
+    torch.manual_seed(0)
+    model = make_model(model_params(kind="bigram", block_size=8), vocab_size=30)
+    nn.init.normal_(next(model.parameters()))
+    greedy, varied = (
+        generate(model, [0], SamplingParams(max_new_tokens=30, temperature=0, repetition_penalty=penalty), seed=1)
+        for penalty in (1.0, 100.0)
+    )
+    assert len(set(greedy)) < 15
+    assert len(set(varied)) > 25
+
+
+def test_each_sequence_of_a_batch_follows_its_own_probabilities(model: GPT) -> None:
+    params = SamplingParams(max_new_tokens=2, temperature=1.0)
+    first, second = map(torch.tensor, generate_tokens(model, [[2]] * 3000, params, range(3000)))
+    expected_V = model(torch.tensor([[2]]))[0, -1].softmax(0)
+    assert torch.allclose(torch.bincount(first, minlength=5) / 3000, expected_V, atol=0.05)
+    frequent = [token for token in range(5) if (first == token).sum() > 100]
+    assert len(frequent) > 1
+    for token in frequent:
+        after = second[first == token]
+        expected_V = model(torch.tensor([[2, token]]))[0, -1].softmax(0)
+        assert torch.allclose(torch.bincount(after, minlength=5) / len(after), expected_V, atol=0.12)
+
+
+def test_a_batch_generates_the_same_tokens_as_single_sequences(variant: LanguageModel) -> None:
+    params = SamplingParams(max_new_tokens=20, temperature=1.0)
+    batch = list(zip(*generate_tokens(variant, [[3]] * 3, params, [4, 5, 6]), strict=True))
+    assert [list(tokens) for tokens in batch] == [generate(variant, [3], params, seed) for seed in (4, 5, 6)]
+    assert len(set(batch)) == 3

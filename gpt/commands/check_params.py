@@ -8,7 +8,7 @@ import typer
 from gpt.core.errors import UserError
 from gpt.core.params import Section, check_section, read_params, suggestion
 from gpt.data.prepare import TokenizeParams
-from gpt.download.corpus import DownloadParams
+from gpt.download.sources import DownloadParams
 from gpt.evaluation.evaluator import EvaluateParams
 from gpt.generation.text import GenerateParams
 from gpt.launch import LaunchParams

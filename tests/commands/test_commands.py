@@ -255,7 +255,7 @@ def test_shell_completion_of_the_console_script(tmp_path: Path, typed: str, expe
     script = tmp_path / "chargpt"
     script.write_text("from gpt.__main__ import main\nmain()\n")
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_CHARGPT_COMPLETE": "complete_bash"}
-    line = [sys.executable, script]
+    line = [sys.executable, str(script)]
     done = subprocess.run(line, env=environment(**words), text=True, capture_output=True, check=False)
     assert expected in done.stdout.split()
 

@@ -1,77 +1,86 @@
-"""The front door: `python -m gpt VERB`. A verb's module is imported only when the verb is called."""
+"""The command line: `python -m gpt VERB` or `chargpt VERB`. A verb's module is imported only when it is called."""
 
-import ast
-import gc
-import importlib
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Annotated
 
 import typer
 
 from gpt.core.errors import OneLineError
+from gpt.fast_import import fast_import
 
-VERBS = ("download", "tokenize", "train", "evaluate", "generate", "explain", "check-params")
+VERBS = {
+    "download": "Download the corpus and verify it by its SHA-256.",
+    "tokenize": "Encode the corpus into tokens: the tokenizer, the training and the validation split.",
+    "train": "Train the model; torchrun starts it in several processes. Their number does not change the checkpoint.",
+    "evaluate": "Evaluate a checkpoint: loss on the validation split, calibration and memorization.",
+    "generate": "Generate text from a checkpoint.",
+    "explain": "Print the attention scores of a checkpoint for a text; plot its attention, positions and embeddings.",
+    "check-params": "Check all sections of a params file.",
+}
+CONSOLE_SCRIPT = "chargpt"
 
 
 def main() -> None:
-    """Run one verb; turn an error that is meant for a person into one line on stderr and its exit code."""
-    called = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    """Run one verb; print an error that the user can correct as one line on stderr and exit with its code."""
+    arguments = sys.argv[1:] or ["--help"]
+    verb = next((argument for argument in _completed_arguments() or arguments if argument in VERBS), "")
+    program = CONSOLE_SCRIPT if Path(sys.argv[0]).stem == CONSOLE_SCRIPT else "python -m gpt"
     try:
-        code = _app(called)(prog_name="python -m gpt", standalone_mode=False)
+        code = _app(verb, completion=program == CONSOLE_SCRIPT)(arguments, prog_name=program, standalone_mode=False)
         sys.stdout.flush()
     except OneLineError as error:
-        code = _refuse(called, str(error), error.exit_code)
+        code = _print_error(verb, str(error), error.exit_code)
     except typer.TyperException as error:
-        verb = f"{called} " if called in VERBS else ""
-        code = _refuse(
-            called, f"{error.format_message().rstrip('.')}. Try: python -m gpt {verb}--help", error.exit_code
-        )
+        message = error.format_message().rstrip(".")
+        end = "" if message.endswith("?") else "."
+        code = _print_error(verb, f"{message}{end} Try: {program} {f'{verb} ' if verb else ''}--help", error.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush into
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit succeeds
         code = 1
     sys.exit(code)
 
 
-def _app(called: str) -> typer.Typer:
-    """The whole command line: the called verb for real, of the others only the line in `--help`."""
-    app = typer.Typer(help="Train, measure and sample a small GPT.", no_args_is_help=True, add_completion=False)
-    app.callback()(lambda: None)
-    for verb in VERBS:
+def _completed_arguments() -> list[str]:
+    """Return the arguments typed so far when the shell requests completions, else none."""
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    return typed.split()[1:] if f"_{CONSOLE_SCRIPT.upper()}_COMPLETE" in os.environ else []
+
+
+def _app(called: str, *, completion: bool) -> typer.Typer:
+    """Build the command line: the called verb with its options, only the help text of the others."""
+    app = typer.Typer(help="Train, evaluate and sample a small GPT.", add_completion=completion)
+    app.callback()(_options)
+    for verb, text in VERBS.items():
         name = "gpt.commands." + verb.replace("-", "_")
-        if verb == called:
-            module = _imported(name)
-            app.command(verb, help=module.__doc__)(module.command)
-        else:
-            app.command(verb, help=_docstring(name))(_not_called)
+        app.command(verb, help=text)(fast_import(name).command if verb == called else _not_called)
     return app
 
 
-def _imported(name: str) -> ModuleType:
-    """A verb's module; no garbage is looked for among all that torch brings along, which takes a sixth of the time."""
-    gc.disable()
-    try:
-        return importlib.import_module(name)
-    finally:
-        gc.freeze()
-        gc.enable()
+def _print_version(requested: bool) -> None:
+    if requested:
+        from gpt import __version__  # noqa: PLC0415 (reading it takes 20 ms)
+
+        print(f"chargpt {__version__}")
+        raise typer.Exit
 
 
-def _docstring(name: str) -> str:
-    """A module's docstring, read without importing the module."""
-    source = Path(__file__).with_name("commands").joinpath(name.rpartition(".")[2] + ".py").read_text(encoding="utf-8")
-    return ast.get_docstring(ast.parse(source)) or ""
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _not_called() -> None:
     raise AssertionError("the verb that is called is always imported")
 
 
-def _refuse(called: str, message: str, code: int) -> int:
-    one_line = " ".join(message.split())
-    who = f"gpt {called}" if called else "gpt"
-    sys.stderr.write(f"{who}: {one_line}\n")  # at once, so that the words of two ranks do not mix
+def _print_error(verb: str, message: str, code: int) -> int:
+    line = f"{f'gpt {verb}' if verb else 'gpt'}: {' '.join(message.split())}\n"
+    sys.stderr.write(line)  # in one call, so that the lines of several ranks do not mix
     sys.stderr.flush()
     return code
 

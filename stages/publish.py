@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from gpt.core.files import sha256_file
 from gpt.core.params import read_params
-from gpt.download.web import shown
+from gpt.download.sources import without_credentials
 from stages import launch, log, record
 from stages.history import Follower
 from stages.page import page
@@ -229,7 +229,7 @@ def settings(command: list[str], *sections: str) -> dict[str, str]:
         return {}
     params = read_params(Path(files[-1]), launch.options(command, "--set", "-S"))
     if isinstance(params.get("download"), dict) and isinstance(sources := params["download"].get("sources"), list):
-        params["download"]["sources"] = [shown(str(source)) for source in sources]  # without passwords
+        params["download"]["sources"] = [without_credentials(str(source)) for source in sources]  # without passwords
     return record.flatten(params, sections)
 
 

@@ -1,14 +1,16 @@
-"""Check a whole params file, so that a typo in the last section does not surface after training."""
+"""Check all sections of a params file, so that an error in the last one is found before training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from gpt.core.cli import Changes
 from gpt.core.errors import UserError
 from gpt.core.params import Section, check_section, read_params, suggestion
 from gpt.data.prepare import TokenizeParams
-from gpt.download.corpus import DownloadParams
+from gpt.download.sources import DownloadParams
 from gpt.evaluation.evaluator import EvaluateParams
 from gpt.generation.text import GenerateParams
 from gpt.launch import LaunchParams
@@ -26,13 +28,13 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def check_params(path: Path) -> dict[str, Section]:
-    """Read every section of a params file strictly.
+def check_params(path: Path, changes: Sequence[str] = ()) -> dict[str, Section]:
+    """Read all sections of a params file, with `changes` (`section.key=value`) applied.
 
     Raises:
-        UserError: the first thing in the file that is not as it should be.
+        UserError: the first error.
     """
-    params = read_params(path)
+    params = read_params(path, changes)
     for name in params:
         if name not in SECTIONS:
             raise UserError(f"{path}: {name}: unknown section{suggestion(name, SECTIONS)}")
@@ -41,7 +43,8 @@ def check_params(path: Path) -> dict[str, Section]:
 
 def command(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Params file to check.")] = Path("params.yaml"),
+    changes: Changes = [],  # noqa: B006 (Typer copies it)
 ) -> None:
-    """Check and say so."""
-    check_params(path)
+    """Check the file and print the result."""
+    check_params(path, changes)
     print(f"{path}: all {len(SECTIONS)} sections are valid")

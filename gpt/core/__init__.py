@@ -1,1 +1,1 @@
-"""What every command needs: errors, files, params, the command line."""
+"""Errors, files, params and the options that all commands share."""

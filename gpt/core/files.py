@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writing, hashing, JSON."""
+"""Files: atomic writing, hashing, JSON."""
 
 import errno
 import hashlib
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from gpt.core.errors import UserError
 
-DECIMALS = 4  # of a figure: another seed changes a loss in the third
+DECIMALS = 4  # of a metric: another seed changes the third one of a loss
 
 
 def sha256_file(path: Path) -> str:
@@ -22,43 +22,41 @@ def sha256_file(path: Path) -> str:
 
 
 def canonical_json(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces; equal values give equal bytes."""
+    """Return a value as JSON with sorted keys and without spaces; equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON that people and `git diff` like to read."""
+    """Write a value as indented JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as file:
         file.write(f"{text}\n".encode())
 
 
-def write_metrics(path: Path, figures: Mapping[str, float]) -> None:
-    """Write figures that people compare: with as many digits as tell two runs apart, and no more."""
-    write_json(path, {name: round(value, DECIMALS) for name, value in figures.items()})
+def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
+    """Write metrics as JSON, rounded to `DECIMALS` decimals."""
+    write_json(path, {name: round(value, DECIMALS) for name, value in metrics.items()})
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or is no JSON.
+        UserError: the file is missing or not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: expected a JSON file, found nothing; run the stage that writes it") from None
+        raise UserError(f"{path}: expected a JSON file, found no file; run the stage that writes it") from None
     except ValueError as error:
-        raise UserError(
-            f"{path}: expected JSON, found something else ({error}); run the stage that writes it again"
-        ) from None
+        raise UserError(f"{path}: expected valid JSON, found {error}; run the stage that writes it again") from None
 
 
 def prepare_output(path: Path) -> None:
-    """Make the folder of an output and prove that it can be written, before any long work starts.
+    """Create the folder of an output and check that it is writable, before long work starts.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written.
     """
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,11 +69,11 @@ def prepare_output(path: Path) -> None:
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that gets its final name only when the block ends without an error.
 
-    The bytes go to a temporary neighbour, are flushed to the disk, and the neighbour is renamed; then the folder is
-    flushed too, so that the name survives a power cut.
+    The bytes go to a temporary file in the same folder, which is flushed to disk and renamed. Then the folder is
+    flushed, so that the rename survives a power failure.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; the old file is untouched.
+        UserError: the disk is full or the folder cannot be written; the old file is unchanged.
     """
     temporary = _temporary_name(path)
     with explain_os_errors(path):
@@ -92,7 +90,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a folder's list of names to the disk, where the system can."""
+    """Flush the directory entries of a folder to disk, where the system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -103,7 +101,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk may refuse while `path` is written into one line that says what and where."""
+    """Turn an OSError about writing `path` into a UserError."""
     try:
         yield
     except OSError as error:
@@ -111,14 +109,14 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             free = shutil.disk_usage(path.parent).free
             raise UserError(
                 f"{path}: no space left on the device ({free:,} bytes free in {path.parent}); "
-                "nothing was replaced: make room and run again"
+                "no file was replaced: free some space and run again"
             ) from error
         if (
             isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError)
             or error.errno == errno.EROFS
         ):
             raise UserError(
-                f"{path}: expected a place that can be written, found: {error.strerror}; "
+                f"{path}: expected a writable path, found: {error.strerror}; "
                 "correct the permissions or choose another path"
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""Strict reading of one section of a params file: every key required, no unknown one, errors with the key's path."""
+"""Strict reading of params files: every key is required, unknown keys are errors, errors name the key."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from gpt.core.errors import UserError
 
 
 class Section(BaseModel):
-    """A section of the params file: its keys, their types and bounds. Values live in the file alone."""
+    """A section of the params file: its keys, their types and bounds."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -27,43 +27,41 @@ def read_section(path: Path, name: str, section: type[S], changes: Sequence[str]
     """Read and check the section `name` of a params file.
 
     Args:
-        changes: `section.key=value` texts that override the file; those of other sections are passed over.
+        changes: `section.key=value` texts that override the file; those of other sections are ignored.
 
     Raises:
-        UserError: the file, the section or a key is missing, unknown, doubled or of the wrong type.
+        UserError: the file, the section or a key is missing, unknown, duplicated or of the wrong type.
     """
     return check_section(path, name, section, read_params(path, changes))
 
 
 def read_params(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a whole params file as plain values, `changes` applied, its sections not yet checked."""
+    """Read a whole params file as plain values with `changes` applied; its sections are not checked."""
     try:
         params = _yaml().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: expected a params file, found nothing; start from one in presets/") from None
+        raise UserError(f"{path}: expected a params file, found no file; start from one in presets/") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: expected UTF-8, found byte {error.object[error.start]:#04x} at {error.start}"
         ) from None
     except DuplicateKeyError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(
-            f"{path}: {_duplicate(error)} is given twice, again in line {line}; delete one of them"
-        ) from None
+        raise UserError(f"{path}: {_duplicate(error)} is duplicated in line {line}; delete one of them") from None
     except YAMLError as error:
         raise UserError(f"{path}: expected YAML, found {_yaml_problem(error)}; correct that line") from None
     if not isinstance(params, dict):
-        raise UserError(f"{path}: expected sections of keys, found {_kind(params)}; start from a file in presets/")
+        raise UserError(f"{path}: expected a mapping of sections, found {_kind(params)}; start from a file in presets/")
     for change in changes:
         _apply(params, change)
     return params
 
 
 def check_section(path: Path, name: str, section: type[S], params: Mapping[str, Any]) -> S:
-    """Check one section of an already read params file against its class."""
+    """Check one section of the params that `read_params` returned."""
     if name not in params:
         near = suggestion(name, params)
-        raise UserError(f"{path}: {name}: this section is missing{near}; take it over from a file in presets/")
+        raise UserError(f"{path}: {name}: this section is missing{near}; copy it from a file in presets/")
     if not isinstance(params[name], dict):
         raise UserError(f"{path}: {name}: expected a section of keys, found {_kind(params[name])}")
     try:
@@ -73,22 +71,22 @@ def check_section(path: Path, name: str, section: type[S], params: Mapping[str, 
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise UserError(f"{path}: {_explain(name, section, found[0])}{more}") from None
     for key in section.model_fields:
-        if key not in params[name]:  # also where the class has a default: that one is for commands without a file
+        if key not in params[name]:  # also keys with a default, which applies to commands without a params file
             raise UserError(f"{path}: {_missing(f'{name}.{key}')}")
     return checked
 
 
-def suggestion(word: str, known: Mapping[str, Any]) -> str:
-    """`; did you mean 'x'?` where one of the known words is near, else nothing."""
-    near = difflib.get_close_matches(word, known, n=1)
+def suggestion(name: str, known: Mapping[str, Any]) -> str:
+    """Return `; did you mean 'x'?` if a known name is similar, else an empty string."""
+    near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def parse_change(text: str) -> tuple[str, str, Any]:
-    """Cut `section.key=value` into section, key and the value as YAML reads it.
+    """Split `section.key=value` into section, key and the parsed YAML value.
 
     Raises:
-        UserError: the text has another form.
+        UserError: the text has a different form.
     """
     target, equals, value = text.partition("=")
     section, dot, key = target.strip().partition(".")
@@ -101,7 +99,7 @@ def parse_change(text: str) -> tuple[str, str, Any]:
 
 
 def _yaml() -> YAML:
-    return YAML(typ="safe", pure=True)  # YAML 1.2, as DVC reads it: 1e-3 is a number, `no` is a word
+    return YAML(typ="safe", pure=True)  # YAML 1.2, as DVC reads it: 1e-3 is a number, `no` is a string
 
 
 def _apply(params: dict[str, Any], change: str) -> None:
@@ -129,13 +127,13 @@ def _explain(name: str, section: type[Section], error: ErrorDetails) -> str:
 
 
 def _missing(key: str) -> str:
-    return f"{key}: this key is missing; every key is required: take it over from a file in presets/"
+    return f"{key}: this key is missing; every key is required: copy it from a file in presets/"
 
 
 def _kind(value: object) -> str:
-    names = {str: "the text", bool: "the truth value", int: "the number", float: "the number", list: "the list"}
+    names = {str: "the string", bool: "the boolean", int: "the number", float: "the number", list: "the list"}
     if value is None:
-        return "nothing (null)"
+        return "null"
     if isinstance(value, dict):
         return f"a section of {len(value)} keys"
     return f"{names.get(type(value), type(value).__name__)} {value!r}"

@@ -13,9 +13,7 @@ from gpt.core.errors import UserError
 from gpt.core.files import atomic_write, prepare_output, read_json, sha256_file, write_json
 from gpt.core.params import Section
 from gpt.data.token_files import Meta, token_dtype
-from gpt.download.pinned import Digest, Sources, fetch_first
-from gpt.download.sources import LIMITS
-from gpt.download.transfer import Limits
+from gpt.download.sources import LIMITS, Digest, Limits, Sources, fetch_first
 from gpt.tokenizers import tokenizer_from_json
 from gpt.tokenizers.base import Kind, Tokenizer, format_characters
 from gpt.tokenizers.char import CharTokenizer

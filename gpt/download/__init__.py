@@ -1,1 +1,1 @@
-"""Fetch a file from the web, from a package on the package index, or from this machine."""
+"""Download a file from an http(s) address, a wheel on the package index, or a local path."""

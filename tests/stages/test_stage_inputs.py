@@ -42,7 +42,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_edited_inputs_are_named_and_refused(
     project: Path, edit: Callable[[], object], names: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = refuse_edited_inputs("generate", lambda _: edit() and 0 or 0)(["--params", "params.yaml"])
+    code = refuse_edited_inputs("generate", lambda _: (edit() and 0) or 0)(["--params", "params.yaml"])
     err = capsys.readouterr().err
     assert code == (2 if names else 0)
     assert err.startswith(f"stages.generate: {names} changed while the stage ran") if names else not err

@@ -74,7 +74,6 @@ def _commands(run: Path, train: Record, run_id: str) -> Iterator[str]:
         generate = f"python -m gpt generate --checkpoint {shlex.quote(f'restored/{name}')}"
         yield "Only the checkpoint, for generation:"
         yield _block(f"{_download(run_id, name, 'restored')}\n{_command(generate, f'--prompt {_prompt(run)}')}")
-    yield "If the tracking store is not this workspace's `mlflow.db`, set `MLFLOW_TRACKING_URI`."
 
 
 def _download(run_id: str, name: str, folder: str) -> str:

@@ -16,7 +16,7 @@ from gpt.data.token_files import load_tokens
 from gpt.evaluation.evaluator import inspect_checkpoint
 from gpt.evaluation.plots import png, render_plots
 from gpt.model.checkpoint import load_checkpoint
-from stages.pictures import loss, read_table
+from stages.run_plots import loss, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "To be, o"  # the input of `gpt explain` in docs/model.md

@@ -1,5 +1,6 @@
 """Generate text with a trained model: print it while it is generated, or write all samples to a file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,14 +66,16 @@ def command(
     overrides = {key: options[key] for key in GenerateParams.model_fields if options[key] is not None}
     values = {"generate": {**section.model_dump(), **overrides}}
     settings = check_section(params or Path("command line"), "generate", GenerateParams, values)
-    generate(settings=settings, checkpoint=checkpoint, out=out, cached=cache, log_file=log_file)
+    generate(settings=settings, checkpoint=checkpoint, out=out, cached=cache, log_files=log_file)
 
 
-def generate(*, settings: GenerateParams, checkpoint: Path, out: Path | None, cached: bool, log_file: Path) -> None:
+def generate(
+    *, settings: GenerateParams, checkpoint: Path, out: Path | None, cached: bool, log_files: Sequence[Path]
+) -> None:
     """Generate all samples and print them, or write them to the file `out`."""
     loaded = load_checkpoint(checkpoint)
     digest = sha256_file(checkpoint)
-    with logging_to(log_file, "generate", digest[:8]):
+    with logging_to(log_files, "generate", digest[:8]):
         log.info("%s", settings)
         if out is None:
             _print(loaded, settings, cached=cached)

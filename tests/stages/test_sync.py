@@ -1,46 +1,44 @@
-"""`python -m stages.sync`: whatever a tracking server lacks of the kept runs, it gets; what it has, stays as it is."""
+"""`python -m stages.sync`: a tracking store gets what it lacks of the run folders, and keeps what it has."""
 
 import hashlib
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from gpt.core.files import sha256_file
-from stages import record, sync, tracking
-from tests.support.workspace import PAGE_MARK, PARAMS, Workspace, answers, wait_for
+from stages import mlflow_store, sync
+from stages.run_record import Record, save
+from tests.support.common import wait_for
+from tests.support.workspace import Run, Workspace, answers, runs_in, steps
 
-Contents = list[dict[str, Any]]
+MD5 = hashlib.md5(b"weights").hexdigest()
 
 
 @pytest.fixture
-def kept(
-    tmp_path: Path, done: Workspace, fresh: tuple[Workspace, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[list[Path]]:
+def kept(tmp_path: Path, done: Workspace, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A workspace with two run folders and the outputs of the newer one, which dvc.lock describes; no store."""
-    other = next(run for run in record.runs(fresh[0].folder) if run.name != done.key)
-    for run in (done.run, other):
-        shutil.copytree(run, tmp_path / ".runs" / run.name)
-    os.utime(tmp_path / ".runs" / done.key)
+    runs = [tmp_path / ".runs" / key for key in (done.key, "0" * 64)]
+    shutil.copytree(done.run, runs[0])
+    other = Record(stage="train", name="other", began=1, ended=2, tags={"run.key": runs[1].name}, params={"a.b": "1"})
+    save(runs[1], other, {"params.yaml": "a: {b: 1}"})
+    shutil.copy(runs[0] / "history.jsonl", runs[1])
+    os.utime(runs[0])
     shutil.copy(done.folder / "w.pt", tmp_path)
-    (tmp_path / "dvc.lock").write_text(f"outs:\n- path: w.pt\n  md5: {hashlib.md5(b'weights').hexdigest()}\n")
+    (tmp_path / "dvc.lock").write_text(f"outs:\n- path: w.pt\n  md5: {MD5}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    yield [tmp_path / ".runs" / done.key, tmp_path / ".runs" / other.name]
+    return runs
 
 
 @pytest.fixture(params=["sqlite", "server"])
 def store(
     request: pytest.FixtureRequest, kept: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> MlflowClient:
-    """A store of each kind, which holds none of our rows."""
+    """A store of each kind, without our runs."""
     address = f"sqlite:///{Path.cwd()}/mlflow.db"
     if request.param == "sqlite":
         shutil.copyfile(empty_store, "mlflow.db")
@@ -51,116 +49,83 @@ def store(
     return MlflowClient(address)
 
 
-def contents(client: MlflowClient) -> Contents:
-    """All that the rows hold, the newest first, without the ids and the order that MLflow draws."""
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-    assert experiment
-    rows = []
-    for row in client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"]):
-        named, data = row.info.run_id, row.data
-        metrics = {name: client.get_metric_history(named, name) for name in data.metrics}
-        with tempfile.TemporaryDirectory() as folder:
-            files = [path for path in Path(client.download_artifacts(named, "", folder)).rglob("*") if path.is_file()]
-            artifacts = {str(path.relative_to(folder)): sha256_file(path) for path in files}
-        rows.append(
-            {
-                "info": (row.info.run_name, row.info.status, row.info.start_time, row.info.end_time),
-                "tags": {k: v.replace(named, "ID") for k, v in data.tags.items() if k != PAGE_MARK},
-                "params": data.params,
-                "metrics": {k: sorted((m.step, m.timestamp, m.value) for m in v) for k, v in metrics.items()},
-                "dataset": [given.dataset.digest for given in row.inputs.dataset_inputs] if row.inputs else [],
-                "artifacts": artifacts,
-            }
-        )
-    return rows
+def log_half(runs: list[Run], client: MlflowClient) -> None:
+    """Log the runs with all tags, but half of the metrics and params and no artifacts."""
+    experiment = client.create_experiment(mlflow_store.EXPERIMENT)
+    for run in runs:
+        tags = {k: v for k, v in run["tags"].items() if not k.startswith("mlflow.")}
+        created = client.create_run(experiment, run["times"][0], tags, run["name"]).info.run_id
+        metrics = [Metric(k, v, time, step) for k, each in run["metrics"].items() for step, time, v in each[::2]]
+        client.log_batch(created, metrics=metrics, params=[Param(k, v) for k, v in list(run["params"].items())[::2]])
 
 
-def half_of(whole: Contents, client: MlflowClient) -> None:
-    """Rows that say they have everything, with half of the figures and params and no artifacts."""
-    experiment = client.create_experiment(tracking.EXPERIMENT)
-    for row in whole:
-        name, _, start, _ = row["info"]
-        tags = {k: v for k, v in row["tags"].items() if not k.startswith("mlflow.")}
-        made = client.create_run(experiment, start, tags, name).info.run_id
-        metrics = [Metric(k, v, time, step) for k, each in row["metrics"].items() for step, time, v in each[::2]]
-        client.log_batch(made, metrics=metrics, params=[Param(k, v) for k, v in list(row["params"].items())[::2]])
-
-
-def test_whatever_is_missing_comes_and_nothing_else_changes(
+def test_missing_content_is_published_and_nothing_else_changes(
     kept: list[Path], store: MlflowClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def synced(said: str) -> Contents:
-        code, found = sync.main([]), contents(store)
-        assert (code, capsys.readouterr().out[: len(said) or None]) == (0, said), found
+    def synced(message: str) -> list[Run]:
+        code, found = sync.main([]), runs_in(store)
+        assert (code, capsys.readouterr().out[: len(message) or None]) == (0, message), found
         return found
 
-    monkeypatch.setattr(tracking, "EXPERIMENT", "one after the other")
+    monkeypatch.setattr(mlflow_store, "EXPERIMENT", "one after the other")
     kept[1].rename("away")
-    (only,) = synced("stages.sync: brought 1 of 1 run(s) up to date in ")
+    (only,) = synced("stages.sync: published 1 of 1 run(s) to ")
     Path("away").rename(kept[1])
     os.utime(kept[0])
-    whole = synced("stages.sync: brought 1 of 2 run(s) up to date in ")
+    whole = synced("stages.sync: published 1 of 2 run(s) to ")
     assert only in whole
     assert synced("") == whole
-    monkeypatch.setattr(tracking, "EXPERIMENT", "half")
-    half_of(whole, store)
-    assert contents(store) != whole
-    assert synced("stages.sync: brought 2 of 2 run(s) up to date in ") == whole
-    monkeypatch.setattr(tracking, "EXPERIMENT", "nothing")
-    assert synced("stages.sync: brought 2 of 2 run(s) up to date in ") == whole
-    assert synced("") == whole
-    assert only["artifacts"]["dvc.lock"] == sha256_file(Path("dvc.lock"))
-    assert only["artifacts"]["w.pt"] == sha256_file(Path("w.pt"))
-    assert only["artifacts"]["pictures/attention.png"] == hashlib.sha256(b"maps").hexdigest()
-    assert only["artifacts"]["params.yaml"] == hashlib.sha256(PARAMS.encode()).hexdigest()
-    assert [step for step, _, _ in only["metrics"]["train_loss"]] == list(range(12))
-    assert ["dvc.lock" in row["artifacts"] for row in whole] == [row == only for row in whole]
+    monkeypatch.setattr(mlflow_store, "EXPERIMENT", "half")
+    log_half(whole, store)
+    assert synced("stages.sync: published 2 of 2 run(s) to ") == whole
+    monkeypatch.setattr(mlflow_store, "EXPERIMENT", "nothing")
+    assert synced("stages.sync: published 2 of 2 run(s) to ") == whole
+    assert steps(only, "train_loss") == list(range(12))
+    assert only["artifacts"]["w.pt"] == "weights"
+    assert [run["artifacts"].get("dvc.lock") for run in whole] == [None, Path("dvc.lock").read_text()]
 
 
-def test_what_a_run_continues_from_stays_until_dvc_has_filed_its_result(kept: list[Path]) -> None:
-    states = [run / "resume-000000012.pt" for run in kept]
-    for state in states:
-        state.touch()
-    lock = Path("dvc.lock")
-    named = lock.read_text()
-    for text in (named, "outs: []\n", None):
-        lock.write_text(text) if text else lock.unlink()
-        if text == named:
-            os.utime(lock, (1, 1))  # a fresh clone's: the same bytes have been filed before
-        record.drop_states(Path.cwd())
-        assert all(state.exists() for state in states)
-    lock.write_text(named)
-    with FileLock(kept[1] / "lock"):  # a run is under way
-        record.drop_states(Path.cwd())
-    assert [state.exists() for state in states] == [False, True]
-    sync.main([])
-    assert [state.exists() for state in states] == [False, False]
+def test_sync_rebuilds_what_the_stages_published(
+    done: Workspace, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Except for system metrics, which only MLflow has, and the results of an earlier evaluation."""
+    shutil.copyfile(empty_store, tmp_path / "new.db")
+    monkeypatch.setenv("DVC_ROOT", str(done.folder))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
+    monkeypatch.chdir(done.folder)
+    assert sync.main([]) == 0
+    ((before,), (rebuilt,)) = done.runs(), runs_in(MlflowClient(f"sqlite:///{tmp_path / 'new.db'}"))
+    for run in (before, rebuilt):
+        names = [name for name in run["metrics"] if name.startswith(("system/", "eval_"))]
+        latest = {name: max(run["metrics"].pop(name), key=lambda point: point[1])[2] for name in names}
+        run["evaluation"] = {name: value for name, value in latest.items() if name.startswith("eval_")}
+    assert rebuilt == before
 
 
-def test_what_changed_since_is_brought_and_what_a_person_wrote_stays(
+def test_changes_are_published_and_a_users_edits_are_kept(
     kept: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also: the checkpoint from DVC's cache, and the row of an evaluation that knew no run becomes the run's."""
+    """Also: the checkpoint from DVC's cache, and the run of an evaluation without run folder becomes this run."""
     shutil.copyfile(empty_store, "mlflow.db")
     client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
-    monkeypatch.setattr(tracking, "EXPERIMENT", "changes")
+    monkeypatch.setattr(mlflow_store, "EXPERIMENT", "changes")
+    monkeypatch.setattr(mlflow_store, "dvc_cache", lambda root: root / "cache")
     shutil.rmtree(kept[1])
-    md5 = hashlib.md5(b"weights").hexdigest()
-    cached = Path(".dvc/cache/files/md5", md5[:2], md5[2:])
+    cached = Path("cache/files/md5", MD5[:2], MD5[2:])
     cached.parent.mkdir(parents=True)
     Path("w.pt").rename(cached)
-    Path("w.pt").write_text("others'")
-    sha256 = sha256_file(cached)
-    evaluated = client.create_run(client.create_experiment("changes"), tags={"checkpoint.sha256": sha256})
+    Path("w.pt").write_text("of another run")
+    tags = {"checkpoint.sha256": sha256_file(cached)}
+    evaluated = client.create_run(client.create_experiment("changes"), tags=tags)
     assert sync.main([]) == 0
-    (row,) = contents(client)
-    assert row["tags"]["run.key"] == kept[0].name
-    assert row["artifacts"]["w.pt"] == sha256
+    (run,) = runs_in(client)
+    assert run["tags"]["run.key"] == kept[0].name
+    assert run["artifacts"]["w.pt"] == "weights"
     (kept[0] / "row/generate/text.txt").write_text("ROMEO: ah\n")  # as long as before
     client.set_tag(evaluated.info.run_id, "mlflow.note.content", "the best so far")
     Path("dvc.lock").write_text(f"{Path('dvc.lock').read_text()}# of another evaluation\n")
     assert sync.main([]) == 0
-    (row,) = contents(client)
-    assert row["tags"]["mlflow.note.content"] == "the best so far"
-    assert row["artifacts"]["text.txt"] == hashlib.sha256(b"ROMEO: ah\n").hexdigest()
-    assert row["artifacts"]["dvc.lock"] == sha256_file(Path("dvc.lock"))
+    (run,) = runs_in(client)
+    assert run["tags"]["mlflow.note.content"] == "the best so far"
+    assert run["artifacts"]["text.txt"] == "ROMEO: ah\n"
+    assert run["artifacts"]["dvc.lock"] == Path("dvc.lock").read_text()

@@ -1,0 +1,82 @@
+"""Child processes: exit codes, messages, torchrun, and the death of dvc."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.child import status_of
+from tests.support.common import ROOT, environment, wait_for
+from tests.support.workspace import Workspace, ended
+
+WORKER = """
+import os, signal, sys, time
+if sys.argv[1] == "refuse":
+    sys.stderr.write("gpt train: model.n_head: wrong\\n")  # as gpt/__main__.py does
+    sys.exit(2)
+if sys.argv[1] == "stop":
+    def stop(*_):
+        sys.stderr.write("gpt train: stopped after step 3\\n")
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, stop)
+    open("ready" + os.environ["RANK"], "w").close()
+    time.sleep(60)
+if os.environ["RANK"] == "0":
+    time.sleep(60)
+print("a traceback", file=sys.stderr, flush=True)
+if sys.argv[1] == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(9)
+"""
+RANK_1 = r"stages.train: rank 1 \(PID \d+\)"
+END = r"after \d+ s; run again to continue; details in gpt_nano.log\n"
+
+
+def test_failures_of_torchrun_workers(place: Workspace) -> None:
+    """A worker's message and exit code are passed on; for a worker without a message the wrapper writes one line.
+
+    Torchrun itself ends with 1 in all these cases.
+    """
+    (place.folder / "worker.py").write_text(WORKER)
+    place.environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{place.folder}", "PET_NPROC_PER_NODE": "2"}
+    names = ("--checkpoint", "w.pt", "--params", "params.yaml", "--tokens", "tokens")
+    refused, failed, killed, stopped = (
+        place.start("train", "torchrun", "-m", "worker", kind, *names, "-S", f"train.seed={seed}")
+        for seed, kind in enumerate(("refuse", "fail", "die", "stop"))
+    )
+    assert ended(refused, 2) == "gpt train: model.n_head: wrong\n"
+    assert re.fullmatch(f"a traceback\n{RANK_1} ended with exit code 9 {END}", ended(failed, 9))
+    assert re.fullmatch(f"{RANK_1} was killed by SIGKILL {END}", ended(killed, 137))
+    wait_for(lambda: len([*place.folder.glob("ready?")]) == 2)
+    stopped.send_signal(signal.SIGTERM)
+    assert ended(stopped, 75) == "gpt train: stopped after step 3\nstages.train: stopped by SIGTERM\n"
+    log = (place.folder / "gpt_nano.log").read_text()
+    assert "exitcode  : 9 " in log
+    assert "exitcode  : -9 " in log
+    status = {run["params"]["train.seed"]: run["status"] for run in place.runs()}
+    assert status == {"1": "FAILED", "2": "KILLED", "3": "KILLED"}
+
+
+@pytest.mark.parametrize(("rest", "starts"), [("; true", True), ("&", False)], ids=["dvc lives", "dvc is dead"])
+def test_a_stage_does_not_start_after_the_death_of_dvc(tmp_path: Path, rest: str, starts: bool) -> None:
+    stage = f"{sys.executable} -m stages.generate sh -c 'touch started' --checkpoint w.pt --out text.txt"
+    (tmp_path / "dvc.yaml").write_text("stages: {generate: {cmd: x}}\n")
+    variables = environment(DVC_STAGE="generate", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    shell = subprocess.Popen(
+        ["sh", "-c", f"{stage} {rest}"], cwd=tmp_path, env=variables, start_new_session=True, stderr=subprocess.PIPE
+    )
+    shell.communicate(timeout=60)  # until the stage, too, has closed its end
+    assert (tmp_path / "started").exists() == starts
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "FINISHED"), (1, "FAILED"), (2, "FAILED"), (75, "KILLED")])
+def test_status_for_an_exit_code(code: int, status: str) -> None:
+    assert status_of(code) == status
+
+
+def test_status_for_a_signal() -> None:
+    assert status_of(137) == status_of(143) == "KILLED"

@@ -1,0 +1,230 @@
+"""What the stages publish: real wrappers, real stores, and a stand-in for the commands of gpt."""
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+from filelock import FileLock
+from mlflow import MlflowClient
+
+from gpt.core.files import sha256_file
+from tests.support.common import wait_for
+from tests.support.workspace import PARAMS, Workspace, answers, ended, runs_in, steps, values
+
+PLOTS = ["attention", "calibration", "learning_rate", "loss", "loss_by_position"]
+
+
+def test_two_wrappers_that_create_the_store_at_the_same_time(server: str, tmp_path: Path) -> None:
+    place = Workspace(tmp_path / "a b")
+    both = [place.train(), place.train("-S", "train.seed=2")]
+    assert [ended(process) for process in both] == ["", ""]
+    runs = place.runs()
+    assert {run["params"]["train.seed"] for run in runs} == {"1", "2"}
+    assert [steps(run, "train_loss") for run in runs] == [list(range(12))] * 2
+
+
+def test_tags_params_and_dataset_of_a_trained_model(done: Workspace) -> None:
+    (run,) = done.runs()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=done.folder, capture_output=True, text=True, check=True)
+    assert (run["name"], run["status"]) == ("wise-owl", "FINISHED")
+    expected = {
+        "run.key": done.key,
+        "checkpoint.sha256": sha256_file(done.folder / "w.pt"),
+        "git.commit": commit.stdout.strip(),
+        "mlflow.source.git.commit": commit.stdout.strip(),
+        "dvc.exp_name": "wise-owl",
+        "parameters": "99",
+        "evaluate.batch_size": "8",
+        "generate.prompts": '["ROMEO:"]',
+    }
+    assert expected.items() <= run["tags"].items()
+    description = run["tags"]["mlflow.note.content"]
+    for part in ("**wise-owl**", "| 1.2500 |", "ROMEO: hm", "dvc exp apply wise-owl", "--run-id ID "):
+        assert part in description
+    assert run["params"] == {
+        "download.sha256": "null",
+        "download.sources": '["here","https://host/text?…"]',
+        "model.n_layer": "1",
+        "tokenize.kind": "char",
+        "tokenize.train_fraction": "0.9",
+        "train.device": "cpu",
+        "train.seed": "1",
+        "train.shards": "2",
+    }
+    ((name, digest, source, profile),) = run["datasets"]
+    assert (name, digest) == ("corpus", "c" * 36)
+    assert "c" * 64 in source
+    assert '"train_tokens":9' in profile
+
+
+def test_metrics_at_their_recorded_steps_and_times(done: Workspace) -> None:
+    (run,) = done.runs()
+    for metric in ("train_loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        assert steps(run, metric) == list(range(12))
+    assert [(step, time) for step, time, _ in run["metrics"]["val_loss"]][1] == (5, 1763700000625)
+    assert steps(run, "val_loss") == [0, 5, 10]
+    assert len(steps(run, "system/cpu_utilization_percentage")) > 0
+    final = {"best_val_loss": 1.5, "best_step": 10, "eval_loss": 1.25, "eval_characters": 7}
+    assert {name: values(run, name)[-1] for name in final} == final
+    assert values(run, "eval_loss") == [1.5, 1.25]
+
+
+def test_artifacts_of_a_trained_model(done: Workspace) -> None:
+    (run,) = done.runs()
+    special = {name: content for name, content in run["artifacts"].items() if name.startswith(("logs/", "pictures/"))}
+    assert {name: content for name, content in run["artifacts"].items() if name not in special} == {
+        "w.pt": "weights",
+        "params.yaml": PARAMS,
+        "history.csv": "step,train_loss\n",
+        "validation.csv": "step,val_loss\n",
+        "train.json": (done.folder / "m/train.json").read_text(),
+        "evaluate.json": '{"loss": 1.25, "characters": 7}',
+        "positions.csv": "position,loss\n1,2\n",
+        "calibration.csv": "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n",
+        "text.txt": "ROMEO: hm\n",
+    }
+    logs = [f"logs/{stage}.log" for stage in ("evaluate", "generate", "train")]
+    assert sorted(special) == [*logs, *(f"pictures/{name}.png" for name in PLOTS)]
+    assert special["pictures/attention.png"] == hashlib.sha256(b"attention maps").hexdigest()
+    line = f"2026-11-21 07:00:00 INFO train[{done.key[:8]}]: started\n"
+    assert special["logs/train.log"] == line
+    assert line in (done.folder / "gpt_nano.log").read_text(), "which has every command"
+
+
+def test_a_refused_command_changes_no_run_and_gets_its_options(done: Workspace) -> None:
+    before = done.runs()
+    ended(done.train(exit=2, stderr="gpt train: no"), 2)
+    assert done.runs() == before
+    child = done.child()
+    logs = ["--log-file", str(done.folder / "gpt_nano.log"), "--log-file", str(done.run / "logs/train.log")]
+    assert child["argv"][-8:] == ["--timeout", "77", "--run-dir", str(done.run), *logs]
+    assert child["env"]["OMP_NUM_THREADS"] == child["env"]["PET_STANDALONE"] == "1"
+    assert child["env"]["PET_NPROC_PER_NODE"] in ("1", "2")
+
+
+def test_every_step_once_after_a_kill_and_a_rerun(place: Workspace) -> None:
+    wrapper = place.train(steps=8, hang=True)
+    wait_for(lambda: (runs := place.runs()) and steps(runs[0], "train_loss") == list(range(8)))  # live
+    wait_for(lambda: steps(place.runs()[0], "system/cpu_utilization_percentage"))
+    assert place.runs()[0]["status"] == "RUNNING"
+    os.kill(place.child()["pid"], signal.SIGKILL)
+    assert ended(wrapper, 137) == "stages.train: python ended with exit code 137\n"
+    (killed,) = place.runs()
+    assert killed["status"] == "KILLED"
+    assert ended(place.train(resume=3, later=500, rest=3)) == ""
+    (run,) = place.runs()
+    samples = steps(run, "system/cpu_utilization_percentage")
+    assert samples == list(range(len(samples)))
+    assert len(samples) > len(steps(killed, "system/cpu_utilization_percentage"))
+    assert run["status"] == "FINISHED"
+    assert steps(run, "train_loss") == list(range(12))
+    assert set(killed["metrics"]["train_loss"]) <= set(run["metrics"]["train_loss"])
+
+
+def test_signals_leave_no_orphans_and_no_run_in_the_state_running(place: Workspace) -> None:
+    """The next command corrects the runs of killed wrappers, and not those of live ones."""
+    stopped, killed, late = (place.train("-S", f"train.seed={seed}", steps=1, hang=True) for seed in range(3))
+
+    def status() -> list[str]:
+        runs = sorted(place.runs(), key=lambda run: str(run["params"].get("train.seed")))
+        return [run["status"] for run in runs]
+
+    wait_for(lambda: [steps(run, "train_loss") for run in place.runs()] == [[0]] * 3)
+    stopped.send_signal(signal.SIGINT)
+    (child,) = psutil.Process(killed.pid).children()
+    killed.kill()
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    with FileLock(place.folder / ".runs/store.lock"):  # so that `late` cannot publish its end
+        late.send_signal(signal.SIGTERM)
+        wait_for(lambda: any('"KILLED"' in path.read_text() for path in place.folder.glob(".runs/*/row/train.json")))
+        late.kill()
+    for wrapper in (killed, late):
+        wrapper.communicate()
+    assert status() == ["RUNNING"] * 3
+    (place.folder / "w.pt").write_text("from elsewhere")
+    ended(place.evaluate())
+    assert status() == ["RUNNING", "KILLED", "KILLED", "FINISHED"]
+    assert stopped.poll() is None, "Ctrl-C is handled by the child"
+    stopped.send_signal(signal.SIGTERM)
+    assert ended(stopped, 75) == "stages.train: stopped by SIGTERM\n"
+    assert status() == ["KILLED", "KILLED", "KILLED", "FINISHED"]
+
+
+def test_a_store_that_becomes_available_before_the_end_gets_everything(place: Workspace) -> None:
+    """A damaged store costs one line with the remedy."""
+    store = place.folder / "mlflow.db"
+    sound = store.read_bytes()
+    store.write_bytes(b"no database " * 100)
+    wrapper = place.train(steps=3, hang=True)
+    assert wrapper.stderr
+    line = wrapper.stderr.readline()
+    for part in (f"stages.train: tracking is unavailable (sqlite:///{store})", "delete mlflow.db", "stages.sync"):
+        assert part in line
+    wait_for((place.folder / "ready").exists)
+    store.write_bytes(sound)
+    wrapper.send_signal(signal.SIGTERM)
+    assert ended(wrapper, 75) == "stages.train: stopped by SIGTERM\n"
+    (run,) = place.runs()
+    assert (run["status"], steps(run, "train_loss")) == ("KILLED", [0, 1, 2])
+
+
+def test_a_refused_command_leaves_its_message_and_no_run(place: Workspace) -> None:
+    stderr = "some warning\ngpt train: train.seed: wrong\ngpt train: train.seed: wrong\nTraceback"
+    assert ended(place.train(exit=2, stderr=stderr), 2) == "gpt train: train.seed: wrong\n"
+    assert place.runs() == []
+    assert not place.run.exists()
+    assert "ended with exit code 2\nsome warning\nTraceback\n" in (place.folder / "gpt_nano.log").read_text()
+    (place.folder / "params.yaml").write_text(PARAMS.replace("processes: auto", "processes: 4"))
+    assert ended(place.train(), 2).startswith("stages.train: launch.processes: ")
+
+
+def test_a_checkpoint_without_a_run_folder(place: Workspace) -> None:
+    (place.folder / "w.pt").write_text("from elsewhere")
+    for process in (place.evaluate(), place.generate()):  # at the same time
+        ended(process)
+    (run,) = place.runs()
+    assert run["status"] == "FINISHED"
+    assert run["tags"]["checkpoint.sha256"] == sha256_file(place.folder / "w.pt")
+    found = {"evaluate.json", "logs/evaluate.log", "logs/generate.log", "pictures/attention.png", "text.txt"}
+    assert found <= set(run["artifacts"])
+
+
+def test_a_server_that_is_down_costs_a_line_and_sync_publishes_later(place: Workspace, server: str) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+    place.environment["MLFLOW_TRACKING_URI"] = dead.replace("http://", "http://me:secret@")
+    evaluate: subprocess.Popen[str] | None = None
+    for stage in ("train", "evaluate"):
+        evaluate = place.train() if stage == "train" else place.evaluate()
+        err = ended(evaluate)
+        assert err.startswith(f"stages.{stage}: tracking is unavailable ({dead}): ")
+        assert "`python -m stages.sync`" in err
+        assert (err.count("\n"), err.count("secret")) == (1, 0)
+    assert ended(place.sync(), 1).startswith(f"stages.sync: {dead}: ")
+    place.environment["MLFLOW_TRACKING_URI"] = server
+    wait_for(lambda: answers(server))
+    assert ended(place.sync()) == ""
+    client = MlflowClient(server)
+    first = runs_in(client)
+    assert ended(place.sync()) == ""
+    assert runs_in(client) == first
+    (run,) = first
+    assert {"eval_loss", "best_val_loss"} <= set(run["metrics"])
+    assert steps(run, "train_loss") == list(range(12))
+    assert {"w.pt", "params.yaml", "evaluate.json", "pictures/loss.png"} <= set(run["artifacts"])
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate"])
+def test_a_server_that_never_answers_does_not_block_the_stage(place: Workspace, stage: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        place.environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "1"  # the user's value is kept; the retries are ours
+        process = place.train() if stage == "train" else place.evaluate()
+        assert ended(process).startswith(f"stages.{stage}: tracking is unavailable")

@@ -19,8 +19,8 @@ import pytest
 
 from stages import lock_list
 from stages.lock_list import GUARD, RWLOCK, at_work, sign, withdraw
-from tests.support.common import environment
-from tests.support.project import dvc, wait_for
+from tests.support.common import environment, wait_for
+from tests.support.project import dvc
 
 
 @pytest.fixture(scope="module")

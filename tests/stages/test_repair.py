@@ -21,8 +21,8 @@ from dvc.utils.serialize import parse_yaml
 from stages import mend
 from stages.lock_list import GUARD, RWLOCK
 from stages.mend import LAST_WHOLE, LOCK_FILE, REPOSITORY_LOCK, RUN_CACHE, SET_ASIDE
-from tests.support.common import ROOT, environment
-from tests.support.project import command, dvc, wait_for
+from tests.support.common import ROOT, environment, wait_for
+from tests.support.project import command, dvc
 
 PIPELINE = """\
 stages:

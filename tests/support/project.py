@@ -140,25 +140,13 @@ def set_params(project: Path, **sections: dict[str, object]) -> None:
     yaml.dump(params, project / "params.yaml")
 
 
-def run_queue(project: Path, names: set[str], *, jobs: int) -> list[list[set[int]]]:
-    """Run the queue's workers until these experiments exist.
-
-    Returns:
-        At each poll, the ports on which each torchrun listened.
-
-    """
-    polls: list[list[set[int]]] = []
-
-    def finished() -> bool:
-        polls.append([ports for process in processes_in(project) if (ports := torchrun_ports(process))])
-        return names <= experiments(project)
-
+def run_queue(project: Path, names: set[str], *, jobs: int) -> None:
+    """Run the queue's workers until these experiments exist."""
     assert start(project, "queue", "start", "--jobs", str(jobs)).wait(QUEUE_S) == 0
     try:
-        wait_for(finished, QUEUE_S, pause=0.5)
+        wait_for(lambda: names <= set(experiment_refs(project)), QUEUE_S, pause=0.5)
     finally:
         stop_workers(project)
-    return polls
 
 
 def stop_workers(project: Path) -> None:
@@ -168,16 +156,6 @@ def stop_workers(project: Path) -> None:
     kill(processes_in(project))
 
 
-def torchrun_ports(process: psutil.Process) -> set[int]:
-    """The ports on which a process listens if it is torchrun; empty for any other process."""
-    try:
-        if not any(word.endswith("torchrun") for word in process.cmdline()):
-            return set()
-        return {link.laddr.port for link in process.net_connections("tcp") if link.status == psutil.CONN_LISTEN}
-    except psutil.Error:
-        return set()
-
-
 def resume_states(project: Path) -> list[Path]:
     """The resume states, from step 40 on, of trainings that are running or were killed: those with a lock."""
     found = (path for lock in project.glob(".runs/*/lock.json") for path in lock.parent.glob("resume-*.pt"))
@@ -185,11 +163,6 @@ def resume_states(project: Path) -> list[Path]:
 
 
 def experiment_refs(project: Path) -> dict[str, str]:
-    """The git reference of each DVC experiment, by name."""
+    """The git reference of each finished DVC experiment, by name."""
     refs = run(["git", "for-each-ref", "--format=%(refname)", "refs/exps"], project).stdout.split()
     return {ref.split("/")[4]: ref for ref in refs if re.match(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/", ref)}
-
-
-def experiments(project: Path) -> set[str]:
-    """The names of all finished DVC experiments."""
-    return set(experiment_refs(project))

@@ -250,7 +250,7 @@ def test_a_second_repro_says_who_is_there_first(workspace: Path, tmp_path: Path)
     started.wait()
     said(workspace).unlink()
     second = start(workspace, "repro", "train")
-    waiting = re.compile(r"waiting: this very run is already under way, PID (\d+) on (\S+) since [-\d]+ [:\d]+")
+    waiting = re.compile(r"waiting for the run lock: the same run is active, PID (\d+) on (\S+) since [-\d]+ [:\d]+")
     found = wait_for(lambda: waiting.findall(said(workspace).read_text()))[0]
     assert int(found[0]) in {process.pid for process in tree}
     assert found[1] == socket.gethostname()

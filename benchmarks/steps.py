@@ -26,7 +26,7 @@ from gpt.data.token_files import TokenData, load_tokens
 from gpt.model.baselines import make_model
 from gpt.model.config import ModelConfig
 from gpt.model.device import choose_device
-from gpt.training.all_reduce import NetworkPair, Pair
+from gpt.training.all_reduce import NetworkPeer, Peer
 from gpt.training.distributed import Group, process_group
 from gpt.training.trainer import Trainer, TrainParams
 
@@ -56,12 +56,12 @@ def main(
     device = choose_device("cpu", "device")
     data = load_tokens(tokens)
     with process_group(device, timeout_s=TIMEOUT.seconds) as joined_group:
-        group = replace(joined_group, pairs=[Seen(pair) for pair in joined_group.pairs])
+        group = replace(joined_group, peers=[Seen(pair) for pair in joined_group.peers])
         trainers = {recipe: trainer(recipe, data, group) for recipe in (REFERENCE, QUICK, DEFAULT)}
         if compiled:
             trainers[f"{DEFAULT}, compiled"] = trainer(DEFAULT, data, group, "train.compile=true")
         if network:
-            far = replace(group, pairs=over_the_network(group))
+            far = replace(group, peers=over_the_network(group))
             trainers |= {
                 f"{recipe}, over the network": trainer(recipe, data, far) for recipe in (REFERENCE, QUICK, DEFAULT)
             }
@@ -91,23 +91,23 @@ def main(
 class Seen:
     """A pair whose exchanges the profiler sees."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Peer) -> None:
         self._pair = pair
 
-    def add(self, tensor: torch.Tensor) -> None:
-        """See `Pair`."""
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """See `Peer`."""
         with record_function("exchange"):
-            self._pair.add(tensor)
+            self._pair.all_reduce(tensor)
 
     def close(self) -> None:
-        """See `Pair`."""
+        """See `Peer`."""
         self._pair.close()
 
 
-def over_the_network(group: Group) -> list[Pair]:
+def over_the_network(group: Group) -> list[Peer]:
     """The pairs of this rank, as if each rank had a machine of its own."""
     distances = [1 << level for level in range(group.size.bit_length() - 1)]
-    return [NetworkPair(sorted((group.rank, group.rank ^ distance)), TIMEOUT) for distance in distances]
+    return [NetworkPeer(sorted((group.rank, group.rank ^ distance)), TIMEOUT) for distance in distances]
 
 
 def trainer(recipe: str, data: TokenData, group: Group, *changes: str) -> Trainer:
@@ -130,7 +130,7 @@ def operations(each: Trainer) -> float:
     with FlopCounterMode(display=False) as counter:
         each.train_step()
     muon = muon_operations(each)
-    return sum(each.group.all_gather([float(counter.get_total_flops() - muon)]))
+    return sum(found for (found,) in each.group.all_gather([float(counter.get_total_flops() - muon)]))
 
 
 def muon_operations(each: Trainer) -> float:
@@ -145,7 +145,7 @@ def peak(precision: torch.dtype, group: Group) -> float:
     """Operations a second of large matrix products on all ranks at once."""
     left, right = (torch.randn(PEAK_SIZE, PEAK_SIZE).to(precision) for _ in range(2))
     mine = 2 * PEAK_SIZE**3 / seconds(lambda: left @ right, PEAK_TIMES)
-    return sum(group.all_gather([mine]))
+    return sum(found for (found,) in group.all_gather([mine]))
 
 
 def where_time_goes(each: Trainer, steps: int) -> dict[str, float]:

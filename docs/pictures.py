@@ -13,7 +13,7 @@ from gpt.data.token_files import load_tokens
 from gpt.evaluation.evaluator import look_at
 from gpt.evaluation.plots import pictures
 from gpt.model.checkpoint import load_checkpoint
-from stages.pictures import loss, read_table
+from stages.run_plots import loss, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "To be, o"  # that docs/model.md shows the scores of

@@ -1,1 +1,1 @@
-"""What DVC runs around the commands of gpt: start the command, follow its files, publish to MLflow."""
+"""Wrappers that DVC runs around the commands of gpt: they start the command and publish its results to MLflow."""

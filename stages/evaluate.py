@@ -1,38 +1,38 @@
-"""`python -m stages.evaluate COMMAND…`: run the evaluating command and publish its figures on the checkpoint's row."""
+"""`python -m stages.evaluate COMMAND…`: run the evaluation and publish its metrics on the run of the checkpoint."""
 
 import tempfile
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from gpt.core.files import read_json
-from stages import launch
-from stages.edits import refusing
-from stages.publish import follow_up
+from stages.checkpoint_stage import run_and_publish
+from stages.child import enter
+from stages.command_line import CommandLine
+from stages.stage_inputs import refuse_edited_inputs
 
 
-def main(command: list[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Evaluate and publish; returns the command's exit code."""
-    with tempfile.TemporaryDirectory() as drawn:  # what is published is kept in the run folder
-        return _evaluate(launch.with_option(command, "--pictures", drawn))
+    with tempfile.TemporaryDirectory() as folder:  # the plots are copied into the run folder
+        return _evaluate(CommandLine(words).with_default("--pictures", folder))
 
 
-def _evaluate(command: list[str]) -> int:
-    figures, positions = launch.option(command, "--metrics"), launch.option(command, "--positions")
-    calibration = next((Path(path) for path in launch.options(command, "--calibration")), None)
-    return follow_up(
+def _evaluate(command: CommandLine) -> int:
+    metrics, positions = command.path("--metrics"), command.path("--positions")
+    calibration, model_plots = command.optional_path("--calibration"), command.path("--pictures")
+
+    def plots() -> Iterable[tuple[str, bytes]]:
+        from stages.run_plots import of_evaluation  # noqa: PLC0415 (imports matplotlib)
+
+        return of_evaluation(positions, calibration, model_plots)
+
+    return run_and_publish(
         "evaluate",
         command,
-        files={path.name: path for path in (figures, positions, calibration) if path},
-        metrics=lambda: {f"eval_{name}": float(value) for name, value in read_json(figures).items()},
-        pictures=lambda: _pictures(positions, calibration, launch.option(command, "--pictures")),
+        files=[path for path in (metrics, positions, calibration) if path],
+        metrics=lambda: {f"eval_{name}": float(value) for name, value in read_json(metrics).items()},
+        plots=plots,
     )
 
 
-def _pictures(positions: Path, calibration: Path | None, drawn: Path) -> Iterable[tuple[str, bytes]]:
-    from stages.pictures import of_evaluation  # noqa: PLC0415 (half a second, spent while the command ran)
-
-    return of_evaluation(positions, calibration, drawn)
-
-
 if __name__ == "__main__":
-    launch.enter("evaluate", refusing("evaluate", main))
+    enter("evaluate", refuse_edited_inputs("evaluate", main))

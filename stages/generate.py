@@ -1,15 +1,18 @@
-"""`python -m stages.generate COMMAND…`: run the generating command and publish its text on the checkpoint's row."""
+"""`python -m stages.generate COMMAND…`: run the generation and publish its text on the run of the checkpoint."""
 
-from stages import launch
-from stages.edits import refusing
-from stages.publish import follow_up
+from collections.abc import Sequence
+
+from stages.checkpoint_stage import run_and_publish
+from stages.child import enter
+from stages.command_line import CommandLine
+from stages.stage_inputs import refuse_edited_inputs
 
 
-def main(command: list[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Generate and publish; returns the command's exit code."""
-    text = launch.option(command, "--out")
-    return follow_up("generate", command, files={text.name: text})
+    command = CommandLine(words)
+    return run_and_publish("generate", command, files=[command.path("--out")])
 
 
 if __name__ == "__main__":
-    launch.enter("generate", refusing("generate", main))
+    enter("generate", refuse_edited_inputs("generate", main))

@@ -1,50 +1,51 @@
-"""`python -m stages.sync`: bring the kept run folders to the tracking store; run twice, it changes and says nothing.
+"""`python -m stages.sync`: publish all run folders to the tracking store; run twice, it changes and prints nothing.
 
-Of each run: figures by step, params, tags, artifacts, description, status. A checkpoint is uploaded where a file with
-that content still lies: where it was written, or in DVC's cache. `dvc.lock` goes to the run whose checkpoint it names.
+Of each run: metrics by step, params, tags, artifacts, description, status. A checkpoint is uploaded if its output path
+or DVC's cache still has that content. `dvc.lock` becomes an artifact of the run whose checkpoint it names.
 """
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from stages import launch, record
-from stages.publish import address, brief, connect, settle, without_password
-from stages.record import Record
+from stages import child, run_record
+from stages.publish import brief, connect, publish_if_unlocked, tracking_uri, without_credentials
+from stages.run_record import Record
 
 
-def main(_arguments: list[str]) -> int:
-    """Publish every run folder; returns 1 when the store failed."""
-    root = record.main_workspace()
-    record.drop_states(root)
-    runs = [run for run in reversed(record.runs(root)) if record.read(run, "train")]
+def main(_arguments: Sequence[str]) -> int:
+    """Publish every run folder; returns 1 if the store failed."""
+    root = run_record.main_workspace()
+    run_record.drop_states(root)
+    runs = [run for run in reversed(run_record.runs(root)) if run_record.read(run, "train")]
     if not runs:
         return 0
-    where = without_password(address(root))
+    address = without_credentials(tracking_uri(root))
     try:
-        keep_lock(root / "dvc.lock", runs)
+        save_lock_file(root / "dvc.lock", runs)
         store = connect(root)
-        changed = sum(settle(store, run) for run in runs)
-    except Exception as error:  # MLflow raises of its own, requests', SQLAlchemy's, alembic's …
-        print(f"stages.sync: {where}: {brief(error)}; run this again later", file=sys.stderr)
+        changed = sum(publish_if_unlocked(store, run) for run in runs)
+    except Exception as error:  # of MLflow, requests, SQLAlchemy, the disk …
+        print(f"stages.sync: {address}: {brief(error)}; run this again later", file=sys.stderr)
         return 1
     if changed:
-        print(f"stages.sync: brought {changed} of {len(runs)} run(s) up to date in {where}")
+        print(f"stages.sync: published {changed} of {len(runs)} run(s) to {address}")
     return 0
 
 
-def keep_lock(lock: Path, runs: list[Path]) -> None:
-    """Keep dvc.lock with the run that made the checkpoint which it names, the newest of several."""
+def save_lock_file(lock: Path, runs: list[Path]) -> None:
+    """Save dvc.lock in the folder of the newest run whose checkpoint it names."""
     text = lock.read_text(encoding="utf-8") if lock.exists() else ""
     for run in reversed(runs):
-        train = record.read(run, "train")
-        if train and record.is_named(train, text):
-            kept = run / "row" / "lock" / lock.name
-            if not kept.exists() or kept.read_text(encoding="utf-8") != text:
+        train = run_record.read(run, "train")
+        if train and run_record.is_named(train, text):
+            saved = run / "row" / "lock" / lock.name
+            if not saved.exists() or saved.read_text(encoding="utf-8") != text:
                 now = time.time()
-                record.save(run, Record(stage="lock", began=now, ended=now), {lock.name: text})
+                run_record.save(run, Record(stage="lock", began=now, ended=now), {lock.name: text})
             return
 
 
 if __name__ == "__main__":
-    launch.enter("sync", main)
+    child.enter("sync", main)

@@ -1,11 +1,12 @@
-"""`python -m stages.train COMMAND…`: run the training command, with torchrun's environment, and publish it live."""
+"""`python -m stages.train COMMAND…`: run the training with torchrun's environment and publish it live."""
 
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,176 +14,167 @@ from gpt.core.files import sha256_file
 from gpt.core.params import check_section, read_params
 from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpus
 from gpt.training.fingerprint import run_key
-from stages import launch, log, record, torchrun
-from stages.edits import refusing
-from stages.history import Follower
-from stages.publish import Publisher, drawn, prepare_drawing, provenance, publish_run, settings
-from stages.record import Record
-from stages.system import Sampler
+from stages import child, run_record, torchrun
+from stages.command_line import CommandLine
+from stages.publish import Publisher, logged_params, prepare_plots, provenance, publish_run, rendered
+from stages.run_record import HistoryReader, Record
+from stages.stage_inputs import refuse_edited_inputs
 
 if TYPE_CHECKING:
-    from stages.tracking import Row, Store
+    from stages.mlflow_store import Store, SystemMetrics, TrackedRun
 
-PARAMS = ("download", "tokenize", "model", "train")  # the sections that make a trained model, on the row as params
-CLAIM_S = 5  # a run of the same key that has just ended needs about as long to publish
-FIGURES = {"val_loss": "best_val_loss", "best_step": "best_step"}  # those of metrics/train.json without a line by step
+PARAMS = ("download", "tokenize", "model", "train")  # the sections that determine a trained model: the run's params
+LOCK_S = 5  # a run of the same key that has just ended needs about as long to publish
+METRICS = {"val_loss": "best_val_loss", "best_step": "best_step"}  # of metrics/train.json, without a series by step
 
 
-def main(command: list[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Train and publish; returns the command's exit code.
 
     Raises:
-        UserError: an option or a key that decides how to start is missing or wrong.
+        UserError: an option or a key that is needed to start is missing or wrong.
 
     """
-    root, began = record.main_workspace(), time.time()
-    record.drop_states(root)
-    params_file, changes = launch.option(command, "--params"), launch.options(command, "--set", "-S")
-    params = read_params(params_file, changes)
-    wished = check_section(params_file, "launch", LaunchParams, params)
-    environment = torchrun.training_environment(_processes(wished, params.get("train") or {}))
-    key = run_key(params_file, launch.option(command, "--tokens"), changes)
-    command = launch.with_option(command, "--timeout", wished.timeout)
-    if others := torchrun.lines_for_other_nodes(command, environment):
-        print(others, flush=True)
-    command = launch.with_option(command, "--run-dir", root / ".runs" / key)
-    command = launch.with_option(command, "--log-file", root / "gpt_nano.log")
+    root, began = run_record.main_workspace(), time.time()
+    run_record.drop_states(root)
+    command = CommandLine(words)
+    params_file = command.path("--params")
+    params = read_params(params_file, command.changes)
+    launch = check_section(params_file, "launch", LaunchParams, params)
+    environment = torchrun.training_environment(_processes(launch, params.get("train") or {}))
+    key = run_key(params_file, command.path("--tokens"), command.changes)
+    command = command.with_default("--timeout", launch.timeout)
+    if message := torchrun.command_for_other_nodes(command.words, environment):
+        print(message, flush=True)
+    command = command.with_default("--run-dir", root / ".runs" / key)
+    command = command.with_logs(root, command.path("--run-dir") / "logs" / "train.log")
     training = _Training(command, root, began)
-    code = launch.run(
-        command,
-        stage="train",
-        about=training.run.name,
-        log_file=training.log_file,
-        environment=environment,
-        meanwhile=training.follow,
-    )
+    about = training.folder.name
+    code = child.run(command, stage="train", about=about, environment=environment, on_poll=training.on_poll)
     training.end(code)
     return code
 
 
 class _Training:
-    """One training run as its wrapper sees it: the run folder, and the row as soon as the run really begins."""
+    """One training as its wrapper sees it: the run folder, and the MLflow run once the training has started."""
 
-    def __init__(self, command: list[str], root: Path, began: float) -> None:
+    def __init__(self, command: CommandLine, root: Path, began: float) -> None:
         self._command, self._root, self._began = command, root, began
-        self.run = launch.option(command, "--run-dir")
-        self.log_file = launch.option(command, "--log-file")
-        # As they are when it starts: somebody may edit the file while it trains.
-        self._params_text = launch.option(command, "--params").read_text(encoding="utf-8")
-        self._settings = settings(command, *PARAMS)
+        self.folder = command.path("--run-dir")
+        # As they are at the start: the user may edit the file during the training.
+        self._params_text = command.path("--params").read_text(encoding="utf-8")
+        self._params = logged_params(command, *PARAMS)
         self._publisher = Publisher("train", root)
-        self._history = self.run / "history.jsonl"
-        self._before = _stamp(self._history)
-        self._claim: AbstractContextManager[object] | None = None  # held from the opening on, until this process ends
-        self._live: tuple[Row, list[Follower]] | None = None
-        self._sampler = Sampler(self.run / "system.jsonl")
+        self._history = self.folder / "history.jsonl"
+        self._stamp = _stamp(self._history)
+        self._lock: AbstractContextManager[object] | None = None  # held from the start of the training to our exit
+        self._live: tuple[TrackedRun, HistoryReader] | None = None
+        self._system: SystemMetrics | None = None
 
-    def follow(self) -> None:
-        """Bring what is new in the history to the row; opens the row when the history moves for the first time.
+    def on_poll(self) -> None:
+        """Log what is new in the history; the MLflow run is created when the history changes for the first time.
 
-        A command that refuses its input writes no history: it leaves the row of an earlier run as it is.
+        A command that refuses its input writes no history: it leaves the MLflow run of an earlier training unchanged.
         """
-        if not self._claim and _stamp(self._history) != self._before:
-            with self._publisher.surviving(self.run):
-                self._claim = record.claim(self.run)
-                if self._claim:
-                    record.expect_publication(self.run)
-                    record.save(self.run, self._record("RUNNING"), {})
-            self._before = _stamp(self._history)  # if not ours, it was moved by a run of the same key that we wait for
-        if self._claim:
-            self._sampler.look()
-        self._publisher.attempt(self._replay if self._claim else lambda _store: None)
-        prepare_drawing()
+        if not self._lock and _stamp(self._history) != self._stamp:
+            with self._publisher.tolerating_errors(str(self.folder)):
+                self._lock = run_record.try_lock(self.folder)
+                if self._lock:
+                    run_record.mark_unpublished(self.folder)
+                    run_record.save(self.folder, self._record("RUNNING"), {})
+            self._stamp = _stamp(self._history)  # without the lock, it is a run of the same key that we wait for
+        self._publisher.attempt(self._log_live if self._lock else lambda _store: None)
+        prepare_plots()
 
     def end(self, code: int) -> None:
-        """Write down how it ended and publish all of it; then the oldest run folders go."""
-        moved = self._claim or _stamp(self._history) != self._before
-        refused = code == 2 or record.read(self.run, "train")  # or failed before it touched an earlier run's history
-        with self._publisher.surviving(self.run):
-            if self._claim:
-                self._sampler.look()
-            elif moved or not refused:
-                self._claim = record.claim(self.run, wait_s=CLAIM_S)
-            if self._claim:
-                record.expect_publication(self.run)
-                record.save(self.run, self._record(launch.status_of(code)), self._artifacts(code))
+        """Write the final record, publish everything, delete the oldest run folders."""
+        changed = self._lock or _stamp(self._history) != self._stamp
+        refused = code == 2 or run_record.read(self.folder, "train")  # or failed before it touched the history
+        with self._publisher.tolerating_errors(str(self.folder)):
+            if self._system:
+                self._system.stop()
+            if not self._lock and (changed or not refused):
+                self._lock = run_record.try_lock(self.folder, wait_s=LOCK_S)
+            if self._lock:
+                run_record.mark_unpublished(self.folder)
+                run_record.save(self.folder, self._record(child.status_of(code)), self._artifacts(code))
                 self._publisher.attempt(self._publish, last=True)
-            record.prune(self._root, current=self.run)
+            elif code == 2 and not self._history.exists():  # a refused command leaves no run folder
+                shutil.rmtree(self.folder / "logs", ignore_errors=True)
+                with suppress(OSError):
+                    self.folder.rmdir()
+            run_record.prune(self._root, current=self.folder)
 
     def _publish(self, store: "Store") -> None:
-        publish_run(store, self.run)
-        record.confirm_publication(self.run)
+        publish_run(store, self.folder)
+        run_record.mark_published(self.folder)
 
-    def _replay(self, store: "Store") -> None:
-        live, self._live = self._live, None  # after a failure all is read again; the row knows which steps it has
+    def _log_live(self, store: "Store") -> None:
+        live, self._live = self._live, None  # after a failure the history is read again; known steps are skipped
         if not live:
-            opening = self._record("RUNNING")
-            followers = [Follower(self.run / name) for name in record.HISTORIES]
-            live = store.row("run.key", self.run.name, opening), followers
-            live[0].open_again(opening)
-        for follower in live[1]:
-            live[0].replay(follower.news())
+            record = self._record("RUNNING")
+            live = store.find_or_create("run.key", self.folder.name, record), HistoryReader(self._history)
+            live[0].start(record)
+            self._system = self._system or live[0].monitor_system()
+        live[0].log_history(live[1].new_points())
         self._live = live
 
     def _record(self, status: str) -> Record:
-        """What is known of the run: its result only when it is finished, for before, an older one's may lie there."""
-        done = status == "FINISHED"
-        checkpoint = launch.option(self._command, "--checkpoint")
-        sha256 = sha256_file(checkpoint) if done and checkpoint.is_file() else ""
-        figures = _read(launch.option(self._command, "--metrics")) if done else {}
+        """What is known of the training; its results only if it is finished, since older ones may be present before."""
+        finished = status == "FINISHED"
+        checkpoint = self._command.path("--checkpoint")
+        sha256 = sha256_file(checkpoint) if finished and checkpoint.is_file() else ""
+        metrics = _read(self._command.path("--metrics")) if finished else {}
         name, tags = provenance()
-        tags = tags | {"run.key": self.run.name} | ({"checkpoint.sha256": sha256} if sha256 else {})
-        if "parameters" in figures:
-            tags["parameters"] = str(figures["parameters"])
+        tags = tags | {"run.key": self.folder.name} | ({"checkpoint.sha256": sha256} if sha256 else {})
+        if "parameters" in metrics:
+            tags["parameters"] = str(metrics["parameters"])
         return Record(
             stage="train",
-            name=name or self.run.name[:7],
+            name=name or self.folder.name[:7],
             status=status,
             began=self._began,
             ended=time.time(),
             checkpoint=sha256,
             checkpoint_file=str(checkpoint) if sha256 else "",
             checkpoint_md5=_md5(checkpoint) if sha256 else "",
-            changes=launch.options(self._command, "--set", "-S"),
+            changes=self._command.changes,
             tags=tags,
-            params=self._settings,
-            metrics={ours: figures[theirs] for theirs, ours in FIGURES.items() if theirs in figures},
-            dataset=_read(launch.option(self._command, "--tokens") / "meta.json"),
+            params=self._params,
+            metrics={name: metrics[key] for key, name in METRICS.items() if key in metrics},
+            dataset=_read(self._command.path("--tokens") / "meta.json"),
         )
 
     def _artifacts(self, code: int) -> dict[str, Path | str | bytes]:
-        found: dict[str, Path | str | bytes] = {
-            "params.yaml": self._params_text,
-            "logs/train.log": log.part_of_log(self.log_file, log.frame("train", self.run.name)),
-        }
+        logs = self.folder / "logs" / "train.log"
+        found: dict[str, Path | str | bytes] = {"params.yaml": self._params_text, "logs/train.log": logs}
         if not code:
             for name in ("--metrics", "--history", "--validation"):
-                path = launch.option(self._command, name)
+                path = self._command.path(name)
                 found[path.name] = path
-        found.update(drawn("train", self._pictures))
-        return found
+        return found | rendered("train", self._plots)
 
-    def _pictures(self) -> Iterable[tuple[str, bytes]]:
-        from stages.pictures import of_training  # noqa: PLC0415 (half a second, spent while the command ran)
+    def _plots(self) -> Iterable[tuple[str, bytes]]:
+        from stages.run_plots import of_training  # noqa: PLC0415 (imports matplotlib)
 
-        return of_training(Follower(self._history).news())
+        return of_training(HistoryReader(self._history).new_points())
 
 
-def _processes(wished: LaunchParams, train: dict[str, Any]) -> int:
-    """How many processes to start here; says which devices stay idle. What is wrong in `train`, the command says."""
+def _processes(launch: LaunchParams, train: dict[str, Any]) -> int:
+    """The number of processes to start here; reports idle devices. Errors in `train` are left to the command."""
     gpus = 0 if train.get("device") == "cpu" else visible_gpus()
     shards = train.get("shards")
     if not isinstance(shards, int) or shards < 1:
         return 1
-    share = max(1, shards // torchrun.nodes())
-    processes, idle = choose_processes(wished.processes, shards=share, gpus=gpus, cores=usable_cores())
+    local_shards = max(1, shards // torchrun.nodes())
+    processes, idle = choose_processes(launch.processes, shards=local_shards, gpus=gpus, cores=usable_cores())
     if idle and "PET_NPROC_PER_NODE" not in os.environ:
         print(f"stages.train: {idle}", flush=True)
     return processes
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Differs when a file was appended to, cut back or replaced."""
+    """A value that changes if a file is appended to, truncated or replaced."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -191,13 +183,13 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def _md5(path: Path) -> str:
-    """The name that DVC gives to a content."""
+    """The hash that DVC uses."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of the command's, or nothing where it is missing: what is wrong with its input, the command says."""
+    """A JSON file of the command; empty if it is missing or invalid, which is left to the command to report."""
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -206,4 +198,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    launch.enter("train", refusing("train", main))
+    child.enter("train", refuse_edited_inputs("train", main))

@@ -12,7 +12,7 @@ from gpt.data.prepare import tokenize
 from gpt.data.token_files import TokenData, load_tokens
 from gpt.model.device import CPU_THREADS
 from tests.support.common import made_up_text, run, tokenize_params
-from tests.support.workspace import done, empty_store, fresh, place, server  # noqa: F401 (pytest finds fixtures here)
+from tests.support.workspace import done, empty_store, place, server  # noqa: F401 (pytest finds fixtures here)
 
 torch.set_num_threads(CPU_THREADS)  # as every command does
 

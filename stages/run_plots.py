@@ -1,6 +1,6 @@
-"""Pictures of a run as PNGs: losses and learning rate over the steps, loss by position, calibration, the model's own.
+"""Plots of a run as PNGs: losses and learning rate by step, loss by position, calibration, and those of the command.
 
-Importing it takes half a second (matplotlib): stages do so while their child already runs. Same numbers, same bytes.
+Importing it takes half a second (matplotlib): stages do so while their child runs. Equal numbers give equal bytes.
 """
 
 import csv
@@ -21,7 +21,7 @@ PALE, STRONG, GREY = "#9db4c8", "#c0392b", "#888888"
 
 
 def of_training(points: Iterable[Mapping[str, float]]) -> Iterator[tuple[str, bytes]]:
-    """Losses and learning rate from the live history's points; pictures of what is not there are left out."""
+    """Losses and learning rate from the points of a history, as far as it has them."""
     found = list(points)
     training, validation, rate = (_columns(found, name) for name in ("train_loss", "val_loss", "learning_rate"))
     if training["step"]:
@@ -30,22 +30,22 @@ def of_training(points: Iterable[Mapping[str, float]]) -> Iterator[tuple[str, by
         yield "learning_rate.png", learning_rate(rate)
 
 
-def of_evaluation(positions: Path, calibration: Path | None, drawn: Path) -> Iterator[tuple[str, bytes]]:
-    """What the command drew of the model itself, loss by position and, where there is such a table, calibration.
+def of_evaluation(positions: Path, calibration: Path | None, model_plots: Path) -> Iterator[tuple[str, bytes]]:
+    """The command's own plots, loss by position and, if there is such a table, calibration.
 
     Args:
-        drawn: folder with the command's own pictures.
+        model_plots: folder with the command's own plots.
     """
-    for path in sorted(drawn.glob("*.png")):
+    for path in sorted(model_plots.glob("*.png")):
         yield path.name, path.read_bytes()
     yield "loss_by_position.png", loss_by_position(read_table(positions))
     if calibration:
-        yield "calibration.png", calibrated(read_table(calibration))
+        yield "calibration.png", reliability(read_table(calibration))
 
 
 def loss(training: Columns, validation: Columns) -> bytes:
-    """Training and validation loss over the steps; the last validation loss is written beside its point."""
-    figure, axes = _axes("step", "loss (nats a token)")
+    """Training and validation loss by step; the last validation loss is annotated."""
+    figure, axes = _axes("step", "loss (nats per token)")
     axes.plot(training["step"], training["train_loss"], color=PALE, linewidth=1, label="training")
     if validation["step"]:
         axes.plot(*_xy(validation, "val_loss"), color=STRONG, marker="o", markersize=4, label="validation")
@@ -57,7 +57,7 @@ def loss(training: Columns, validation: Columns) -> bytes:
 
 
 def learning_rate(rate: Columns) -> bytes:
-    """The learning rate over the steps."""
+    """The learning rate by step."""
     figure, axes = _axes("step", "learning rate")
     axes.plot(*_xy(rate, "learning_rate"), color=STRONG)
     axes.set_xlim(0, max(rate["step"]) * 1.07 or 1)
@@ -67,19 +67,16 @@ def learning_rate(rate: Columns) -> bytes:
 
 
 def loss_by_position(table: Columns) -> bytes:
-    """The mean loss by how many tokens the model saw before: what it makes of its context."""
-    figure, axes = _axes("tokens that the model sees", "loss (nats a token)")
+    """The mean loss by position in the context."""
+    figure, axes = _axes("position in the context (tokens)", "loss (nats per token)")
     axes.plot(table["position"], table["loss"], color=STRONG)
     axes.set_xlim(0, max(table["position"]) * 1.02)
     return png(figure)
 
 
-def calibrated(table: Columns) -> bytes:
-    """How often the model is right where it says how sure it is; on the dashed line it is as right as it says.
-
-    A point's area stands for how many predictions it is the mean of.
-    """
-    figure, axes = _axes("probability that the model gives", "share that is right")
+def reliability(table: Columns) -> bytes:
+    """The reliability diagram: accuracy by predicted probability; the area of a point is its number of predictions."""
+    figure, axes = _axes("predicted probability", "accuracy")
     most = max(table["predictions"], default=0) or 1
     areas = [4 + 120 * count / most for count in table["predictions"]]
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
@@ -96,7 +93,7 @@ def read_table(path: Path) -> Columns:
 
 
 def _columns(points: Iterable[Mapping[str, float]], name: str) -> Columns:
-    """Steps and one figure of those points that have it."""
+    """Steps and values of one metric, of the points that have it."""
     having = [point for point in points if name in point]
     return {"step": [point["step"] for point in having], name: [point[name] for point in having]}
 

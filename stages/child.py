@@ -1,0 +1,220 @@
+"""Child processes of the wrappers: start, signals, stderr and exit code."""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NoReturn
+
+from gpt.core.errors import StoppedError, UserError
+from stages import torchrun
+from stages.command_line import CommandLine
+
+POLL_S = 0.5  # between two calls of `on_poll`
+JOIN_S = 2
+STOPPED_AFTER_SAVING = StoppedError.exit_code
+ERROR_LINE = re.compile(r"gpt( [a-z-]+)?: ")  # the beginning of a one-line error of the commands
+STOPPED_LINE = re.compile(r"gpt train: stopped after step ")  # that of StoppedError
+KEPT_LINES, KEPT_LINE_BYTES = 2000, 1 << 16
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
+
+
+def enter(stage: str, main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a stage on this process's arguments and exit; a user's mistake becomes one line and exit code 2."""
+    if "DVC_STAGE" in os.environ:
+        _end_with_parent()  # if dvc is killed, a second `dvc repro` must not run beside this stage
+        if os.getpgid(os.getppid()) != os.getpgrp():  # dvc was killed before the line above
+            sys.exit(1)
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"stages.{stage}: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+def status_of(code: int) -> str:
+    """MLflow's run status for an exit code."""
+    if code == 0:
+        return "FINISHED"
+    return "KILLED" if code == STOPPED_AFTER_SAVING or code > 128 else "FAILED"
+
+
+def run(
+    command: CommandLine,
+    *,
+    stage: str,
+    about: str,
+    environment: Mapping[str, str] = {},
+    on_poll: Callable[[], None] = lambda: None,
+) -> int:
+    """Run a command to its end and report its failure on stderr and in its log files.
+
+    Args:
+        command: with the option `--log-file`.
+        about: the run's key or the checkpoint's SHA-256, for the log.
+        on_poll: called repeatedly while the command runs; must not raise.
+
+    Returns:
+        The exit code; see `_exit_code`.
+
+    Raises:
+        UserError: there is no such command.
+
+    """
+    started = time.monotonic()
+    with _signals() as (received, forward_to):
+        child = _start(command.words, environment)
+        forward_to.append(child)
+        stderr = _StderrReader(child.stderr)
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                code = child.wait(POLL_S)  # before the first poll: a command that fails at once need not wait
+                break
+            on_poll()
+        seconds = time.monotonic() - started
+        stderr.join(JOIN_S)  # a grandchild that is still alive would keep the pipe open
+    by_torchrun = torchrun.is_torchrun(command.words)
+    worker = torchrun.first_failure(stderr.text) if by_torchrun else None
+    code = _exit_code(code, worker, received if by_torchrun else [], saved=stderr.has(STOPPED_LINE))
+    if code:
+        name, logs = Path(command.words[0]).name, command.all_paths("--log-file")
+        _log_failure(logs, f"{stage}[{about[:8]}]", f"{name} ended with exit code {code}", stderr.text)
+        if received:
+            print(f"stages.{stage}: stopped by {signal.Signals(received[-1]).name}", file=sys.stderr)
+        elif worker and (worker.code < 0 or not stderr.errors):  # a killed worker leaves no message of its own
+            crash = torchrun.without_summary(stderr.text) if worker.code > 0 else ""
+            when = f"after {seconds:.0f} s; run again to continue; details in {_shown(logs[0])}"
+            print(f"{crash}stages.{stage}: {worker} {when}", file=sys.stderr)
+        elif not stderr.errors:
+            text = stderr.text or f"stages.{stage}: {command.words[0]} ended with exit code {code}\n"
+            print(text, end="", file=sys.stderr)
+    return code
+
+
+def _exit_code(code: int, worker: torchrun.Worker | None, received: Sequence[int], *, saved: bool) -> int:
+    """The exit code that a wrapper passes on.
+
+    Torchrun itself ends with 1 whatever happened. So, in this order: 75 for a training that saved its state and
+    stopped when torchrun received a signal; the code of the worker that failed first; 128 + n for a signal n; the
+    child's own code.
+    """
+    if received and saved:
+        return STOPPED_AFTER_SAVING
+    if worker:
+        code = worker.code
+    elif code and received:
+        code = -received[-1]
+    return code if code >= 0 else 128 - code
+
+
+def _log_failure(files: Sequence[Path], mark: str, message: str, stderr: str) -> None:
+    """Append an error to the log files, followed by what the child wrote on stderr."""
+    entry = f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {mark}: {message}\n{stderr}"
+    for path in files:
+        with suppress(OSError):  # a full disk must not hide the child's failure
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(entry)
+
+
+def _shown(log: Path) -> str:
+    return log.name if log.parent == Path.cwd() else str(log)
+
+
+def _start(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a child that receives SIGTERM when this process dies (Linux only)."""
+    parent = os.getpid()
+
+    def die_with_parent() -> None:
+        _end_with_parent()
+        if os.getppid() != parent:
+            os._exit(1)  # this process died before the line above
+
+    try:
+        return subprocess.Popen(  # no thread runs yet, so a function before exec is safe
+            words,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            preexec_fn=die_with_parent,  # noqa: PLW1509
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(
+            f"{words[0]}: expected an executable command, found: {error.strerror}; "
+            "put the environment's bin folder on PATH"
+        ) from None
+
+
+def _end_with_parent() -> None:
+    """Ask the system for a SIGTERM when this process's parent dies, even by SIGKILL (Linux only)."""
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # SIGTERM, so that torchrun ends its workers too
+
+
+@contextmanager
+def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
+    """Survive SIGINT, which a terminal sends to the child as well, and forward SIGTERM to the child.
+
+    Afterwards SIGINT interrupts again. SIGTERM does not, so that the results are published; but if it came because dvc
+    was killed, this process exits: the next wrapper publishes the rest.
+    """
+    received: list[int] = []
+    forward_to: list[subprocess.Popen[bytes]] = []
+    parent = os.getppid()
+
+    def handle(number: int, _frame: object) -> None:
+        received.append(number)
+        if os.getppid() != parent and forward_to and forward_to[0].returncode is not None:
+            sys.exit(128 + number)
+        if number == signal.SIGTERM:
+            for child in forward_to:
+                child.send_signal(number)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield received, forward_to
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _StderrReader(threading.Thread):
+    """Reads a child's stderr: prints the commands' one-line errors at once, keeps the rest."""
+
+    def __init__(self, pipe: IO[bytes] | None) -> None:
+        super().__init__(daemon=True)
+        assert pipe
+        self._pipe = pipe
+        self._kept: deque[str] = deque(maxlen=KEPT_LINES)
+        self.errors: set[str] = set()  # one-line errors, printed
+        self.start()
+
+    @property
+    def text(self) -> str:
+        """The last lines without the one-line errors."""
+        return "".join(self._kept)
+
+    def has(self, pattern: re.Pattern[str]) -> bool:
+        """Whether one of the one-line errors begins with this pattern."""
+        return any(pattern.match(line) for line in self.errors)
+
+    def run(self) -> None:
+        """Read to the end; print an error that several ranks report once."""
+        for raw in iter(lambda: self._pipe.readline(KEPT_LINE_BYTES), b""):
+            line = raw.decode(errors="replace")
+            if not ERROR_LINE.match(line):
+                self._kept.append(line)
+            elif line not in self.errors:
+                self.errors.add(line)
+                print(line, end="", file=sys.stderr, flush=True)

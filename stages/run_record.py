@@ -1,0 +1,234 @@
+"""The files of a run folder that belong to the wrappers, from which the run in MLflow can be rebuilt at any time.
+
+.runs/<key>/history.jsonl      of the training command: metrics by step
+.runs/<key>/resume-*.pt        of the training command: states to resume from, until DVC has recorded the result
+.runs/<key>/logs/<stage>.log   of the commands: the log of this run
+.runs/<key>/row/train.json     a Record; also evaluate.json, generate.json and lock.json (of `stages.sync`)
+.runs/<key>/row/train/…        the small artifacts of that stage, under their MLflow names
+.runs/<key>/row/unpublished    present until MLflow has all of the training
+.runs/<key>/row.lock           held by the wrapper that writes train.json, for the same time: see `try_lock`
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gpt.core.errors import UserError
+from gpt.core.files import canonical_json, read_json, sha256_file, write_json
+
+RUNS_KEPT = 20
+STATES = "resume-*.pt"
+STAGES = ("train", "evaluate", "generate", "lock")  # the last is no stage of DVC: `stages.sync` adds dvc.lock
+
+Point = dict[str, float]  # "step", "time" (seconds since 1970) and the metrics of that step
+
+
+class Record(BaseModel):
+    """All that one stage contributes to its MLflow run, except for the history and the artifacts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    began: float  # seconds since 1970, as `ended`
+    ended: float
+    status: str = "FINISHED"
+    name: str = ""  # of the MLflow run, if this stage creates it
+    checkpoint: str = ""  # SHA-256
+    checkpoint_file: str = ""  # its path in the workspace; the file is too large to be copied
+    checkpoint_md5: str = ""  # its hash in dvc.lock and in DVC's cache
+    changes: list[str] = []  # overrides of the params file, as `section.key=value`
+    tags: dict[str, str] = {}
+    params: dict[str, str] = {}
+    metrics: dict[str, float] = {}
+    dataset: dict[str, Any] = {}  # meta.json of the stage tokenize
+
+
+class HistoryReader:
+    """Reads `history.jsonl` while the training appends to it; copes with a partial last line and a truncated file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._last_line = b""
+
+    def new_points(self) -> list[Point]:
+        """The points of the lines completed since the last call.
+
+        If the line read last is no longer at its offset, the file was truncated or replaced, and all of it is read
+        again: the caller skips steps that it has.
+        """
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset - len(self._last_line))
+                if file.read(len(self._last_line)) != self._last_line:
+                    self._offset, self._last_line = 0, b""
+                file.seek(self._offset)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        lines = new[: new.rfind(b"\n") + 1].splitlines(keepends=True)
+        self._offset += sum(map(len, lines))
+        self._last_line = lines[-1] if lines else self._last_line
+        return [point for line in lines if (point := _parse(line))]
+
+
+def _parse(line: bytes) -> Point | None:
+    try:
+        return {name: float(value) for name, value in json.loads(line).items() if value is not None}
+    except (ValueError, TypeError, AttributeError):
+        return None  # cut by a power failure; the training removes such a line when it resumes
+
+
+def main_workspace() -> Path:
+    """The folder of store, log and run folders: DVC's main workspace, also for experiments in temporary copies."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).absolute()
+
+
+def dvc_cache(root: Path) -> Path | None:
+    """DVC's cache folder, from `dvc cache dir`; None outside a DVC repository."""
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return None if found.returncode else Path(found.stdout.strip())
+
+
+def runs(root: Path) -> list[Path]:
+    """All run folders, the last modified first."""
+    folders = [path for path in (root / ".runs").glob("*") if len(path.name) == 64 and path.is_dir()]
+    return sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def run_of_checkpoint(root: Path, sha256: str) -> Path | None:
+    """The newest run folder whose training produced the checkpoint with this SHA-256."""
+    return next((run for run in runs(root) if (train := read(run, "train")) and train.checkpoint == sha256), None)
+
+
+def is_named(train: Record, lock: str) -> bool:
+    """Whether the text of a dvc.lock names the checkpoint of a training."""
+    return bool(train.checkpoint_md5) and train.checkpoint_md5 in lock
+
+
+def drop_states(root: Path) -> None:
+    """Delete the resume states of trainings whose result is recorded in the dvc.lock of this folder.
+
+    Earlier would be wrong: if dvc is killed before it writes dvc.lock, the stage runs again and must not train again.
+    Later too: after that, `dvc repro -f` is meant to train again. Equal bytes have equal hashes, so the dvc.lock of a
+    fresh clone names the checkpoint before anything has run: dvc.lock must be newer than the training.
+    """
+    lock = Path("dvc.lock")
+    text, written = (lock.read_text(encoding="utf-8"), lock.stat().st_mtime) if lock.exists() else ("", 0)
+    for run in runs(root):
+        states, train = list(run.glob(STATES)), read(run, "train")
+        if states and train and train.ended < written and is_named(train, text) and not is_training(run):
+            for state in states:
+                state.unlink(missing_ok=True)
+
+
+def prune(root: Path, *, current: Path, keep: int = RUNS_KEPT) -> None:
+    """Delete the oldest run folders, except the current one and those in use."""
+    for run in runs(root)[keep:]:
+        if run != current and not is_training(run) and (lock := try_lock(run)):
+            with lock:
+                shutil.rmtree(run, ignore_errors=True)
+
+
+def is_training(run: Path) -> bool:
+    """Whether some process trains in this run folder now."""
+    try:
+        with FileLock(run / "lock").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def save(run: Path, record: Record, artifacts: Mapping[str, Path | str | bytes]) -> None:
+    """Write a stage's record, and its artifacts, each copied from a file or given as content."""
+    folder = run / "row" / record.stage
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, content in artifacts.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str | bytes):
+            target.write_bytes(content.encode() if isinstance(content, str) else content)
+        elif content.is_file():
+            shutil.copyfile(content, target)
+    write_json(run / "row" / f"{record.stage}.json", record.model_dump())
+
+
+def read(run: Path, stage: str) -> Record | None:
+    """A stage's record; None if it is missing or invalid."""
+    try:
+        return Record.model_validate(read_json(run / "row" / f"{stage}.json"))
+    except (UserError, ValidationError):
+        return None
+
+
+def try_lock(run: Path, *, wait_s: float = 0) -> AbstractContextManager[object] | None:
+    """The lock for writing train.json and publishing it; None while another process holds it.
+
+    A wrapper acquires it before its record says RUNNING and holds it until MLflow has all of the training. So for the
+    holder of the lock, a record that says RUNNING is that of a dead wrapper. The lock of the training itself cannot
+    serve for this: it is free while the wrapper publishes, and testing it could delay a training.
+    """
+    try:
+        return FileLock(run / "row.lock").acquire(timeout=wait_s)
+    except Timeout:
+        return None
+
+
+def mark_unpublished(run: Path) -> None:
+    """Note that MLflow does not have all of this run; requires the lock."""
+    (run / "row").mkdir(parents=True, exist_ok=True)
+    (run / "row" / "unpublished").touch()
+
+
+def mark_published(run: Path) -> None:
+    """Note that MLflow has all of this run; requires the lock."""
+    (run / "row" / "unpublished").unlink(missing_ok=True)
+
+
+def unpublished(root: Path) -> list[Path]:
+    """The folders of runs that MLflow does not have completely: running ones, and those of killed wrappers."""
+    return [run for run in runs(root) if (run / "row" / "unpublished").exists()]
+
+
+def mark_killed(run: Path) -> None:
+    """Set the status KILLED for a training whose wrapper was killed: its record says RUNNING. Requires the lock."""
+    train = read(run, "train")
+    if train and train.status == "RUNNING":
+        history = run / "history.jsonl"
+        ended = history.stat().st_mtime if history.exists() else train.ended
+        killed = train.model_copy(update={"status": "KILLED", "ended": ended})
+        write_json(run / "row" / "train.json", killed.model_dump())
+
+
+def artifacts(run: Path, stage: str) -> Iterator[tuple[str, Path]]:
+    """The small artifacts that a stage saved: MLflow names and files."""
+    folder = run / "row" / stage
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path
+
+
+def digest(run: Path, stage: str) -> str:
+    """SHA-256 over the names and contents of all artifacts that a stage saved."""
+    content = {name: sha256_file(path) for name, path in artifacts(run, stage)}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def flatten(params: Mapping[str, Any], sections: Sequence[str]) -> dict[str, str]:
+    """`section.key` and the value as text, for some sections of the params file."""
+    return {
+        f"{section}.{key}": value if isinstance(value, str) else canonical_json(value)
+        for section in sections
+        for key, value in (params.get(section) or {}).items()
+    }

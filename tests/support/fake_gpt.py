@@ -1,0 +1,93 @@
+"""A stand-in for the commands of gpt: the same options, files and messages, without a model. It follows plan.json."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PATHS = ("checkpoint", "metrics", "history", "validation", "positions", "calibration", "pictures", "out", "run-dir")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def log(files: list[Path], mark: str, text: str) -> None:
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"2026-11-21 07:00:00 INFO {mark}: {text}\n")
+
+
+def train(options: argparse.Namespace, plan: dict[str, Any]) -> None:
+    folder: Path = options.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_history(folder / "history.jsonl", plan)
+    log(options.log_file, f"train[{folder.name[:8]}]", "started")
+    time.sleep(plan.get("rest", 0))
+    if plan.get("hang"):
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+        Path("ready").touch()
+        time.sleep(60)
+    write(options.checkpoint, plan.get("weights", "weights"))
+    write(options.history, "step,train_loss\n")
+    write(options.validation, "step,val_loss\n")
+    write(options.metrics, json.dumps({"val_loss": 1.5, "train_loss": 1.4, "best_step": 10, "parameters": 99}))
+
+
+def write_history(history: Path, plan: dict[str, Any]) -> None:
+    """Truncate the history to the step to resume from, then append the points, each in two writes."""
+    resume = plan.get("resume", 0)
+    old = history.read_text().splitlines(keepends=True) if history.exists() else []
+    truncated = history.with_name("truncated")
+    truncated.write_text("".join(old[:resume]))
+    truncated.replace(history)
+    for step in range(resume, plan["steps"]):
+        point = {"step": step, "train_loss": 3 - step / 100, "learning_rate": 0.1, "grad_norm": 1.0}
+        point |= {"time": 1763700000 + plan.get("later", 0) + step / 8, "tokens_per_second": time.perf_counter()}
+        if step % 5 == 0:
+            point["val_loss"] = 3.5 - step / 100
+        line = json.dumps(point) + "\n"
+        with history.open("a") as file:
+            file.write(line[:20])
+            file.flush()
+            file.write(line[20:])
+
+
+def evaluate(options: argparse.Namespace, plan: dict[str, Any]) -> None:
+    write(options.metrics, json.dumps({"loss": plan["loss"], "characters": 7}))
+    write(options.positions, "position,loss\n1,2\n")
+    write(options.calibration, "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n")
+    write(options.pictures / "attention.png", "attention maps")
+
+
+def main() -> None:
+    plan: dict[str, Any] = json.loads(Path("plan.json").read_text())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("verb")
+    parser.add_argument("--log-file", type=Path, action="append")
+    for name in PATHS:
+        parser.add_argument(f"--{name}", type=Path)
+    options, _ = parser.parse_known_args()
+    Path("child.json").write_text(json.dumps({"argv": sys.argv, "env": dict(os.environ), "pid": os.getpid()}))
+    if "stderr" in plan:
+        print(plan["stderr"], file=sys.stderr)
+    if "exit" in plan:
+        sys.exit(plan["exit"])
+    if options.verb == "train":
+        train(options, plan)
+    elif options.verb == "evaluate":
+        evaluate(options, plan)
+    else:
+        write(options.out, "ROMEO: hm\n")
+    if options.verb != "train":
+        log(options.log_file, options.verb, "started")
+
+
+if __name__ == "__main__":
+    main()

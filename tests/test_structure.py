@@ -4,12 +4,12 @@ import ast
 import json
 import re
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from setuptools import find_packages
 
 from gpt.training.fingerprint import imported_files, name_of
 from tests.support.common import ROOT, read_yaml, run
@@ -125,8 +125,10 @@ def test_no_two_modules_share_a_name() -> None:
 
 
 def test_all_folders_of_gpt_are_packaged() -> None:
-    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "gpt").rglob("*.py")}
-    assert {name.replace(".", "/") for name in find_packages(str(ROOT), include=["gpt", "gpt.*"])} == folders
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["gpt", "gpt.*"]
+    folders = {path.parent for path in (ROOT / "gpt").rglob("*.py")}
+    assert {path.parent for path in (ROOT / "gpt").rglob("__init__.py")} == folders
 
 
 def test_the_lock_pins_public_versions_only() -> None:

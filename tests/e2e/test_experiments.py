@@ -316,7 +316,7 @@ def recorded_outputs(project: Path, name: str) -> dict[str, str]:
 def train_undisturbed(project: Path, tokens: Path, folder: Path, steps: int) -> dict[str, str]:
     """The MD5 of the same files after an uninterrupted training with one process and without dvc."""
     options = zip(("--checkpoint", "--history", "--validation", "--metrics"), TRAINED, strict=True)
-    line = [sys.executable, "-m", "gpt", "train", "--params", project / "params.yaml", "--tokens", tokens]
+    line = [sys.executable, "-m", "gpt", "train", "--params", str(project / "params.yaml"), "--tokens", str(tokens)]
     line += [word for option in options for word in option]
     run([*line, "-S", f"train.max_steps={steps}"], folder)
     return {path: hashlib.md5((folder / path).read_bytes()).hexdigest() for path in TRAINED}

@@ -80,7 +80,7 @@ def start_both(folder: Path, *tokens: Path, **changes: object) -> list["subproce
 
 def test_two_hosts_train_the_bytes_of_one_process(tmp_path: Path, tokens: Path) -> None:
     for node in start_both(tmp_path, tokens, train__max_steps=20, model__dropout=0.1):
-        assert node.wait(60) == 0, output(tmp_path / "node0") + output(tmp_path / "node1")
+        assert node.wait(120) == 0, output(tmp_path / "node0") + output(tmp_path / "node1")
     single = tmp_path / "single"
     single.mkdir()
     shutil.copy(tmp_path / "node0" / "params.yaml", single)

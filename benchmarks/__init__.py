@@ -1,1 +1,1 @@
-"""What things cost, measured as ratios in one run on one machine."""
+"""Benchmarks; each compares its candidates in one run on one machine."""

@@ -1,9 +1,9 @@
-"""What each part of the default recipe is worth: short trainings with one thing changed, over several seeds.
+"""Ablations of the default recipe: short trainings with one change each, over several seeds.
 
     python -m benchmarks.ablations
 
-Equal numbers of steps, so equal tokens; what a change costs in time stands in `benchmarks.steps`. One process of one
-thread each, two at a time; the bits do not depend on that.
+All trainings have equal numbers of steps, hence of tokens; `benchmarks.steps` measures time. Two trainings run at a
+time, each with one process and one thread, which does not affect the results.
 """
 
 import json
@@ -19,31 +19,32 @@ import typer
 
 from benchmarks.races import DEFAULT, ROOT, outputs
 
+BASELINE = "baseline"
 CHANGES = {
-    "as it is": (),
+    BASELINE: (),
     "no n-gram embeddings": ("model.ngram=1",),
     "n-grams up to 3": ("model.ngram=3",),
-    "AdamW alone, at 0.005": ("train.optimizer=adamw", "train.learning_rate=0.005"),
+    "AdamW instead of Muon, learning rate 0.005": ("train.optimizer=adamw", "train.learning_rate=0.005"),
     "learned positions": ("model.position=learned",),
     "GELU": ("model.activation=gelu",),
-    "no normalisation of queries and keys": ("model.qk_norm=false",),
+    "no QK norm": ("model.qk_norm=false",),
     "tied embeddings": ("model.tie_embeddings=true",),
-    "windows at random": ("train.windows=random",),
+    "random windows": ("train.windows=random",),
     "float32": ("train.precision=float32",),
-    "half a cosine": ("train.schedule=cosine",),
+    "cosine schedule": ("train.schedule=cosine",),
     "dropout 0.1": ("model.dropout=0.1",),
-    "no average of the weights": ("train.weight_average=0.0",),
+    "no weight averaging": ("train.weight_average=0.0",),
     "no positions": ("model.position=none",),
     "ALiBi": ("model.position=alibi",),
     "SwiGLU": ("model.activation=swiglu",),
     "RMSNorm": ("model.norm=rms",),
     "width 128": ("model.n_embd=128",),
-    "256 tokens of context, half the sequences": ("model.block_size=256", "train.batch_size=8"),
+    "block size 256, batch size 8": ("model.block_size=256", "train.batch_size=8"),
     "n-grams up to 4": ("model.ngram=4",),
     "n-grams up to 6": ("model.ngram=6",),
-    "n-gram tables of 65,536 rows": ("model.ngram_rows=65536",),
-    "n-gram tables as wide as the model": ("model.ngram_width=160",),
-    "Muon's rate 0.02": ("train.muon_learning_rate=0.02",),
+    "65,536 n-gram embeddings": ("model.ngram_rows=65536",),
+    "n-gram embeddings of model width": ("model.ngram_width=160",),
+    "Muon learning rate 0.02": ("train.muon_learning_rate=0.02",),
     "weight decay 0.3": ("train.weight_decay=0.3",),
     "weight decay 3": ("train.weight_decay=3.0",),
     "dropout 0.05": ("model.dropout=0.05",),
@@ -54,10 +55,12 @@ CHANGES = {
 def main(
     steps: int = 150,
     seeds: int = 3,
-    tokens: Annotated[Path, typer.Option(help="Folder that the command tokenize wrote.")] = ROOT / "data" / "tokens",
-    only: Annotated[list[str] | None, typer.Option(help="Part of the names of the changes to try; repeatable.")] = None,
+    tokens: Annotated[Path, typer.Option(help="Folder written by the command tokenize.")] = ROOT / "data" / "tokens",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Run only changes whose name contains this; repeatable.")
+    ] = None,
 ) -> None:
-    """Train and print a markdown table: the mean loss, its spread, and how far it is from the recipe as it is."""
+    """Train and print a markdown table: mean loss, range over the seeds, difference from the baseline."""
     short = [f"train.max_steps={steps}", f"train.eval_interval={steps}"]
     parts = only or [""]
     chosen = {name: changes for name, changes in CHANGES.items() if not changes or any(part in name for part in parts)}
@@ -69,16 +72,16 @@ def main(
             ]
             for name, changes in chosen.items()
         }
-        print(f"| {steps} steps, {seeds} seeds | loss | spread | worse by |\n|---|---|---|---|")
-        base = statistics.mean(each.result() for each in losses["as it is"])
+        print(f"| {steps} steps, {seeds} seeds | loss | range | difference |\n|---|---|---|---|")
+        baseline = statistics.mean(each.result() for each in losses[BASELINE])
         for name, futures in losses.items():
             found = [each.result() for each in futures]
             mean = statistics.mean(found)
-            print(f"| {name} | {mean:.4f} | {max(found) - min(found):.4f} | {mean - base:+.4f} |", flush=True)
+            print(f"| {name} | {mean:.4f} | {max(found) - min(found):.4f} | {mean - baseline:+.4f} |", flush=True)
 
 
 def final_loss(changes: list[str], tokens: Path) -> float:
-    """Train in a folder that is gone afterwards; the loss on the whole validation split after the last step."""
+    """The loss on the whole validation split after training in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="chargpt-ablation-") as folder:
         command = [sys.executable, "-m", "gpt", "train", "--params", str(ROOT / DEFAULT), "--tokens", str(tokens)]
         command += [word for change in changes for word in ("-S", change)]

@@ -1,9 +1,9 @@
-"""How fast the loss falls: whole trainings of our recipes beside nanoGPT's, in turns, on the same cores.
+"""Time and loss of complete trainings: our recipes and nanoGPT's, alternating on the same cores.
 
     python -m benchmarks.races
 
-Every training is the real command under torchrun, two processes of one thread. Seconds of training are those of the
-optimizer's steps with their data, as the history holds them; evaluations are in the time of the whole process only.
+Every training runs the command `train` under torchrun with two processes of one thread. The training time is that of
+the optimizer steps and their data, from the history; the time of the whole process includes evaluations.
 """
 
 import json
@@ -27,12 +27,12 @@ from gpt.training.history import Record, read_records
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE, QUICK, DEFAULT = "presets/nanogpt-cpu.yaml", "presets/quick.yaml", "params.yaml"
 AS_LONG = "default, as long as the reference"
-SLOWER = 1.05  # a ratio to the reference beyond this one to the last time is worth a line
+SLOWER = 1.05  # relative increase of the time per step, against the reference, that is reported
 
 
 @dataclass(frozen=True)
 class Race:
-    """One training: where it came to and when; points are (seconds of training, step, validation loss)."""
+    """One training; its points are (seconds of training, step, validation loss)."""
 
     name: str
     whole_s: float
@@ -43,21 +43,20 @@ class Race:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1, help="Turns; each with another seed, from 1337 on.")] = 3,
-    references: Annotated[int, typer.Option(min=1, help="Turns that the reference takes part in.")] = 2,
-    tokens: Annotated[Path, typer.Option(help="Folder that the command tokenize wrote.")] = ROOT / "data" / "tokens",
-    out: Annotated[Path, typer.Option(help="Where the figures go, compared with those that lie there.")] = ROOT
+    seeds: Annotated[int, typer.Option(min=1, help="Number of trainings of each recipe, with seeds from 1337 on.")] = 3,
+    references: Annotated[int, typer.Option(min=1, help="Number of trainings of the reference.")] = 2,
+    tokens: Annotated[Path, typer.Option(help="Folder written by the command tokenize.")] = ROOT / "data" / "tokens",
+    out: Annotated[Path, typer.Option(help="File for the results; compared with its old content.")] = ROOT
     / "benchmarks"
     / "races.json",
 ) -> None:
-    """Race, print a table, say what got slower since the last time, and write the figures."""
+    """Train, print a table and what became slower than in the last results, and write the results."""
     races: list[Race] = []
-    for turn in range(seeds):
-        seed = 1337 + turn
-        if turn < references:
+    for seed in range(1337, 1337 + seeds):
+        if seed < 1337 + references:
             races.append(run("reference", REFERENCE, tokens, seed=seed))
         races += [run("quick", QUICK, tokens, seed=seed), run("default", DEFAULT, tokens, seed=seed)]
-        if turn == 0:
+        if seed == 1337:
             steps = round(races[-1].steps * races[0].training_s / races[-1].training_s)
             races.append(run(AS_LONG, DEFAULT, tokens, seed=seed, max_steps=steps))
     names = list(dict.fromkeys(race.name for race in races))
@@ -68,7 +67,7 @@ def main(
 
 
 def run(name: str, recipe: str, tokens: Path, **changes: int) -> Race:
-    """Train once, in a folder that is gone afterwards."""
+    """Train once, in a temporary folder."""
     settings = [word for key, value in changes.items() for word in ("-S", f"train.{key}={value}")]
     params = read_params(ROOT / recipe, settings[1::2])
     batch = params["train"]["batch_size"] * params["model"]["block_size"]
@@ -85,18 +84,18 @@ def run(name: str, recipe: str, tokens: Path, **changes: int) -> Race:
         loss = json.loads((Path(folder) / "metrics").read_text())["val_loss"]
     points = list(timed(records, batch))
     race = Race(name, whole, points[-1][0], records[-1].step, loss, points)
-    print(f"{name}: {race.training_s:.1f} s of training, {whole:.1f} s in all, loss {loss:.4f}", flush=True)
+    print(f"{name}: {race.training_s:.1f} s of training, {whole:.1f} s in total, loss {loss:.4f}", flush=True)
     return race
 
 
 def outputs(folder: Path) -> list[str]:
-    """The options that keep all that a training writes in one folder, each file under its option's name."""
+    """The options that put all files of a training into one folder, each named after its option."""
     names = ("checkpoint", "metrics", "history", "validation", "run-dir", "log-file")
     return [word for name in names for word in (f"--{name}", str(folder / name))]
 
 
 def timed(records: Iterable[Record], batch: int) -> Iterable[tuple[float, int, float]]:
-    """Each evaluation with the seconds of training until then; a batch is a number of tokens."""
+    """Each evaluation as (seconds of training, step, validation loss); `batch` is the number of tokens per step."""
     kept = list(records)
     before = [0, *(record.step for record in kept)]
     spent = [
@@ -108,7 +107,7 @@ def timed(records: Iterable[Record], batch: int) -> Iterable[tuple[float, int, f
 
 
 def summary(races: list[Race]) -> dict[str, Any]:
-    """Medians over the turns, their least and greatest, and the mean and spread of the loss over the seeds."""
+    """Median, minimum and maximum of the times; mean, minimum and maximum of the losses."""
     losses = [race.val_loss for race in races]
     return {
         "steps": races[0].steps,
@@ -120,13 +119,13 @@ def summary(races: list[Race]) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """The median, and between what values it lies."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """The recipes as lines of a markdown table, times also as parts of the reference's."""
-    lines = ["| recipe | steps | ms a step | training | whole process | loss |", "|---|---|---|---|---|---|"]
+    """The lines of a markdown table; times also relative to the reference."""
+    lines = ["| recipe | steps | ms per step | training | whole process | loss |", "|---|---|---|---|---|---|"]
     reference = found["reference"]
     for name, recipe in found.items():
         times = (
@@ -142,15 +141,15 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def slower(before: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What takes longer than the last time, measured against the reference of the same run."""
+    """The recipes whose time per step, relative to the reference of the same run, has increased."""
     lines = []
     for name in found.keys() & before.keys() - {"reference"}:
         now, then = (
             each[name]["ms_a_step"]["median"] / each["reference"]["ms_a_step"]["median"] for each in (found, before)
         )
         if now > SLOWER * then:
-            lines.append(f"slower: a step of {name} takes {now:.2f} of the reference's, last time {then:.2f}")
-    return lines or ["nothing got slower than the last time"]
+            lines.append(f"slower: a step of {name} takes {now:.2f} times the reference's, before {then:.2f} times")
+    return lines or ["no recipe became slower than in the last results"]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a made-up text, its tokens, and the commands run as a user runs them."""
+"""Fixtures of all tests: a synthetic text, its tokens, and the command line as a user runs it."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import torch
 from gpt.data.prepare import tokenize
 from gpt.data.token_files import TokenData, load_tokens
 from gpt.model.device import CPU_THREADS
-from tests.support.common import environment, made_up_text, tokenize_params
+from tests.support.common import made_up_text, run, tokenize_params
 from tests.support.workspace import done, empty_store, place, server  # noqa: F401 (pytest finds fixtures here)
 
 torch.set_num_threads(CPU_THREADS)  # as every command does
@@ -21,7 +21,7 @@ RunGpt = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A made-up text of about 20,000 characters."""
+    """A synthetic text of about 20,000 characters."""
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text(made_up_text(), encoding="utf-8")
     return path
@@ -29,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokens(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The token folder of the made-up text."""
+    """The token folder of the synthetic text."""
     folder = tmp_path_factory.mktemp("tokens")
     tokenize(params=tokenize_params(), corpus=corpus, out=folder)
     return folder
@@ -37,24 +37,15 @@ def tokens(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tokens: Path) -> TokenData:
-    """The tokens of the made-up text."""
+    """The tokens of the synthetic text."""
     return load_tokens(tokens)
 
 
 @pytest.fixture
 def gpt(tmp_path: Path) -> RunGpt:
-    """Run `python -m gpt …` in an empty folder, as a person would."""
+    """Run `python -m gpt …` in an empty folder."""
 
-    def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "gpt", *map(str, arguments)]
-        return subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment(),
-            text=True,
-            capture_output=True,
-            check=False,
-            timeout=120,
-        )
+    def invoke(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        return run([sys.executable, "-m", "gpt", *arguments], tmp_path, code=None)
 
-    return run
+    return invoke

@@ -1,56 +1,43 @@
-"""The rules of the house: floors, exact deps, strict types, a lock that installs anywhere."""
+"""The structure of the code base: layers, stage dependencies, packaging, pinned versions, static checks."""
 
 import ast
+import json
 import re
-import subprocess
 import sys
-import time
+import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from gpt.training.fingerprint import imported_files, name_of
-from tests.support.common import ROOT, environment
+from tests.support.common import ROOT, read_yaml, run
+from tests.support.project import clone, dvc
 
-STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
-
-
-def run(*command: str) -> None:
-    tools = Path(sys.executable).parent
-    program = [str(tools / command[0]), *command[1:]]
-    done = subprocess.run(program, cwd=ROOT, text=True, capture_output=True, check=False, env=environment())
-    assert done.returncode == 0, done.stdout + done.stderr
+STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
+COMMANDS = set(STAGES)
+SOURCES = ["gpt", "stages", "benchmarks", "tests"]
+TOOLS = Path(sys.executable).parent
 
 
 def test_ruff() -> None:
-    run("ruff", "check", "gpt", "stages", "benchmarks", "tests")
-    run("ruff", "format", "--check", "gpt", "stages", "benchmarks", "tests")
+    run([TOOLS / "ruff", "check", *SOURCES], ROOT)
+    run([TOOLS / "ruff", "format", "--check", *SOURCES], ROOT)
 
 
 def test_types() -> None:
-    run("mypy")
+    run([TOOLS / "mypy"], ROOT)
 
 
-def test_imports_go_down_only() -> None:
-    run("lint-imports")
+def test_import_contracts() -> None:
+    run([TOOLS / "lint-imports"], ROOT)
 
 
-def covered_by(dep: str) -> set[str]:
-    """The source files that a dependency of a stage stands for: itself, or all of a folder."""
+def files_of(dep: str) -> set[str]:
+    """The source files that a dependency of a stage covers: the file itself, or all files of the folder."""
     path = ROOT / dep
     return {file.relative_to(ROOT).as_posix() for file in path.rglob("*.py")} if path.is_dir() else {dep}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_deps_are_exactly_what_the_command_imports(stage: str) -> None:
-    """A folder is listed where the command imports all of it; a folder's own docstring decides nothing."""
-    listed = {file for dep in STAGES[stage]["deps"] if dep.startswith("gpt/") for file in covered_by(dep)}
-    imported = {name_of(path) for path in imported_files(f"gpt.commands.{stage}")}
-    assert listed - imported == set()
-    missing = imported - listed
-    assert all(file.endswith("/__init__.py") and only_a_docstring(ROOT / file) for file in missing), missing
 
 
 def only_a_docstring(path: Path) -> bool:
@@ -58,40 +45,109 @@ def only_a_docstring(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_static_imports_are_what_python_imports(stage: str) -> None:
-    """Matplotlib is imported only when something is drawn."""
-    code = f"import gpt.commands.{stage}, sys; print(*(m.__file__ for n, m in sys.modules.items() if n[:4] == 'gpt.'))"
-    code += "; assert 'matplotlib' not in sys.modules"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True, env=environment()
-    )
-    assert set(map(Path, done.stdout.split())) == set(imported_files(f"gpt.commands.{stage}"))
+def test_deps_equal_the_imports_of_the_command(stage: str) -> None:
+    """A folder is listed if the command imports all of it; an `__init__.py` with only a docstring need not be."""
+    listed = {file for dep in STAGES[stage]["deps"] if dep.startswith("gpt/") for file in files_of(dep)}
+    imported = {name_of(path) for path in imported_files(f"gpt.commands.{stage}")}
+    assert listed - imported == set()
+    missing = imported - listed
+    assert all(file.endswith("/__init__.py") and only_a_docstring(ROOT / file) for file in missing), missing
 
 
-def test_no_command_holds_anything_of_the_machine() -> None:
+IMPORT_EACH = """\
+import importlib, json, sys
+files = {}
+for stage in sys.argv[1:]:
+    importlib.import_module(f"gpt.commands.{stage}")
+    modules = [sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "gpt"]
+    files[stage] = [module.__file__ for module in modules if module.__name__ != "gpt"]
+assert "matplotlib" not in sys.modules  # imported only when a plot is drawn
+print(json.dumps(files))
+"""
+
+
+def test_imports_found_in_the_source_are_those_of_python() -> None:
+    found = json.loads(run([sys.executable, "-c", IMPORT_EACH, *STAGES], ROOT).stdout)
+    for stage in STAGES:
+        assert set(map(Path, found[stage])) == set(imported_files(f"gpt.commands.{stage}"))
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A clone in which dvc.lock records every stage as up to date, with placeholders as outputs."""
+    project = clone(tmp_path_factory.mktemp("structure") / "project", corpus)
+    for stage in STAGES.values():
+        for entry in (*stage["outs"], *stage.get("metrics", [])):
+            path = project / (entry if isinstance(entry, str) else next(iter(entry)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+    dvc(project, "commit", "--force")
+    assert dvc(project, "status").stdout == "Data and pipelines are up to date.\n"
+    return project
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("gpt/model/gpt.py", {"train", "evaluate", "generate"}),
+        ("gpt/generation/sampling.py", {"evaluate", "generate"}),
+        ("gpt/evaluation/plots.py", {"evaluate"}),
+        ("stages/publish.py", set()),
+        ("gpt/core/params.py", COMMANDS),
+    ],
+)
+def test_an_edit_changes_only_the_stages_that_use_the_file(committed: Path, file: str, changed: set[str]) -> None:
+    path = committed / file
+    before = path.read_bytes()
+    path.write_bytes(before + b"# edited\n")
+    status = dvc(committed, "status").stdout
+    path.write_bytes(before)
+    assert set(re.findall(r"^(\w+):$", status, re.MULTILINE)) == changed
+
+
+def test_dvc_leaves_the_layout_of_dvc_yaml_as_it_is(committed: Path) -> None:
+    before = (committed / "dvc.yaml").read_text()
+    dvc(committed, "freeze", "train")
+    dvc(committed, "unfreeze", "train")
+    assert (committed / "dvc.yaml").read_text() == before
+
+
+def test_stage_commands_hold_no_variables_and_no_absolute_paths() -> None:
     for stage in STAGES.values():
         assert "$" not in stage["cmd"]
         assert " /" not in stage["cmd"]
 
 
-def test_the_lock_holds_public_versions_only() -> None:
+def test_no_two_modules_share_a_name() -> None:
+    """Except for a command and the stage around it, and the special files of packages."""
+    names = Counter(path.stem for folder in ("gpt", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+    assert {name for name, count in names.items() if count > 1} <= COMMANDS | {"__init__", "__main__"}
+
+
+def test_all_folders_of_gpt_are_packaged() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["gpt", "gpt.*"]
+    folders = {path.parent for path in (ROOT / "gpt").rglob("*.py")}
+    assert {path.parent for path in (ROOT / "gpt").rglob("__init__.py")} == folders
+
+
+def test_the_lock_pins_public_versions_only() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert len(pins) > 50
-    for pin in pins:
-        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", pin), pin
-    assert any(re.fullmatch(r"torch==2\.1[123]\.\d+", pin) for pin in pins)
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    for name, version in pins.items():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", f"{name}=={version}"), name
+    assert {"dvc", "mlflow", "torch", "typer"} <= set(pins)
+    assert re.fullmatch(r"2\.1[123]\.\d+", pins["torch"])
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "gpt", "--help"]
-    seconds = []
-    for _ in range(3):
-        began = time.monotonic()
-        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True, env=environment())
-        seconds.append(time.monotonic() - began)
+def test_import_gpt_loads_no_torch() -> None:
+    code = "import gpt, sys; assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
+    run([sys.executable, "-c", code], ROOT)
+
+
+def test_help_lists_every_command_and_loads_no_torch() -> None:
+    done = run([sys.executable, "-X", "importtime", "-m", "gpt", "--help"], ROOT)
     for verb in (*STAGES, "explain", "check-params"):
         assert verb in done.stdout
     for heavy in ("torch", "pandas", "numpy", "pydantic", "tokenizers", "tiktoken", "matplotlib"):
         assert not re.search(rf"\| +{heavy}$", done.stderr, re.MULTILINE), heavy
-    assert min(seconds) < 0.8  # the floor here is 0.25 s; the rest is for a busy machine

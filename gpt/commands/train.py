@@ -1,4 +1,4 @@
-"""Train the model; start it through torchrun to use several processes. The checkpoint is the same for any number."""
+"""Train the model; start it through torchrun to use several processes. The outputs are the same for any number."""
 
 import tempfile
 from contextlib import ExitStack, nullcontext
@@ -20,33 +20,32 @@ from gpt.training.trainer import TrainParams
 
 def command(
     params: ParamsFile,
-    tokens: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder that the command tokenize wrote.")],
-    checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Where the best weights go.")],
-    metrics: Annotated[Path, typer.Option(metavar="FILE", help="Where the final figures go, as JSON.")],
-    history: Annotated[Path, typer.Option(metavar="FILE", help="Where the training loss by step goes, as CSV.")],
-    validation: Annotated[Path, typer.Option(metavar="FILE", help="Where the validation loss by step goes, as CSV.")],
+    tokens: Annotated[Path, typer.Option(metavar="FOLDER", help="Token folder that the command tokenize wrote.")],
+    checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Output: the best weights.")],
+    metrics: Annotated[Path, typer.Option(metavar="FILE", help="Output: the metrics of the best weights, JSON.")],
+    history: Annotated[Path, typer.Option(metavar="FILE", help="Output: training metrics by step, CSV.")],
+    validation: Annotated[Path, typer.Option(metavar="FILE", help="Output: validation loss by step, CSV.")],
     run_dir: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Keeps the live history and what a killed run continues from."),
+        typer.Option(metavar="FOLDER", help="Folder for live history and resume states; default: a temporary one."),
     ] = None,
     timeout: Annotated[
-        int, typer.Option(min=1, metavar="SECONDS", help="After this long without an answer, a process counts as dead.")
+        int, typer.Option(min=1, metavar="SECONDS", help="Time without an answer after which a process counts as lost.")
     ] = 120,
     changes: Changes = [],  # noqa: B006 (Typer copies it)
     log_file: LogFile = LOG_FILE,
 ) -> None:
     """Read the sections `model` and `train` and the tokens, then train."""
-    first = env_rank() == 0
-    about = run_dir.name[:8] if run_dir else ""
     with ExitStack() as stack:
-        stack.enter_context(logging_to(log_file, "train", about) if first else nullcontext())
+        about = run_dir.name[:8] if run_dir else ""
+        stack.enter_context(logging_to(log_file, "train", about) if env_rank() == 0 else nullcontext())
         model = read_section(params, "model", ModelConfig, changes)
         folder = run_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chargpt-")))
         train(
             params=read_section(params, "train", TrainParams, changes),
             model=model,
             data=load_tokens(tokens),
-            made_of=digests(params, tokens, changes),
+            digests=digests(params, tokens, changes),
             outputs=Outputs(checkpoint, metrics, history, validation),
             folder=RunFolder(folder),
             timeout_s=timeout,

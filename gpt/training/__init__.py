@@ -1,1 +1,1 @@
-"""The training loop and all that makes it exact, distributed and resumable."""
+"""Training: the loop, optimizers, data parallelism and resume states."""

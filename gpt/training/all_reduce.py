@@ -1,10 +1,10 @@
-"""Sums over all ranks, made of sums between two: first the neighbour, then the neighbouring pair, and so on.
+"""All-reduce by recursive doubling: each rank sums with the peer at distance 1, then 2, 4, …
 
-That is recursive doubling (Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication Operations in
-MPICH", section 4.5): log2(ranks) exchanges, and a sum in one fixed binary tree, where a + b has the bits of b + a.
+That takes log2(ranks) exchanges and sums in one fixed binary tree, where a + b has the bits of b + a (Thakur,
+Rabenseifner, Gropp 2005, "Optimization of Collective Communication Operations in MPICH", section 4.5).
 
-Two ranks on one machine write into memory that both see. Gloo would send the gradients through the machine's own
-network, which costs a sixth of a small step.
+Two ranks on one machine exchange through shared memory. Gloo would send the gradients through the loopback interface,
+which costs a sixth of a small step.
 """
 
 import mmap
@@ -23,119 +23,114 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in its __all__
 
-CHUNK_BYTES = 1 << 22  # exchanged at once: more than a small model's gradients, less than a processor's cache
-SPIN_S = 0.005  # of looking for the partner's word without sleeping: to be woken up takes longer than most waits
+CHUNK_BYTES = 1 << 22  # size of an exchange: more than a small model's gradients, less than a processor's cache
+SPIN_S = 0.005  # of polling before the process sleeps: a wake-up takes longer than most waits
 
 
-class LostPartnerError(RuntimeError):
-    """The other rank of a pair died or does not answer."""
+class LostPeerError(RuntimeError):
+    """The peer died or does not answer."""
 
 
-class Pair(Protocol):
-    """This rank and one other."""
+class Peer(Protocol):
+    """The connection of this rank to one other."""
 
-    def add(self, tensor: Tensor) -> None:
-        """Add the other's tensor to this one, in place; the other calls this too, with a tensor of the same size.
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum the tensors of the two ranks, in place; both call this with tensors of the same size.
 
         Raises:
-            RuntimeError: the other died or does not answer in time.
+            RuntimeError: the peer died or does not answer in time.
         """
 
     def close(self) -> None:
-        """Part from the other, who hears of it when it adds again."""
+        """End the connection; the peer's next exchange fails."""
 
 
-class NetworkPair:
-    """Two ranks on two machines, or on GPUs."""
+class NetworkPeer:
+    """A peer on another machine, or on a GPU: a process group of two."""
 
     def __init__(self, ranks: Sequence[int], timeout: timedelta) -> None:
         self._group = dist.new_group([*ranks], timeout=timeout, use_local_synchronization=True)
 
-    def add(self, tensor: Tensor) -> None:
-        """See `Pair`."""
+    def all_reduce(self, tensor: Tensor) -> None:
+        """See `Peer`."""
         dist.all_reduce(tensor, group=self._group)
 
     def close(self) -> None:
-        """See `Pair`; torch takes its groups apart all together."""
+        """See `Peer`; `destroy_process_group` ends all groups together."""
 
 
-class MemoryPair:
-    """Two ranks on one machine (Linux), which write into one memory and tell each other when they have.
+class SharedMemoryPeer:
+    """A peer on this machine (Linux only): two ranks write to shared memory and signal through a socket.
 
-    There are two slots in turn, each with a place for both. A rank that has heard the other's word for one slot knows
-    that the other has read the slot before, and may write there again. The words go through a socket: the system calls
-    put the writes before them in order on every processor, and a partner that dies is noticed at once.
+    There are two slots, used alternately, each with a buffer per rank. The peer's signal for one slot shows that it has
+    read the other slot, which may then be overwritten. The system calls of the socket order the memory accesses around
+    them on every processor, and a peer that dies is noticed at once.
     """
 
-    def __init__(self, store: Store, rank: int, partner: int, timeout: timedelta) -> None:
-        self._partner, self._timeout_s = partner, timeout.total_seconds()
-        self._side = int(rank > partner)
-        connect = _receive if self._side else _offer
+    def __init__(self, store: Store, rank: int, peer: int, timeout: timedelta) -> None:
+        self._peer, self._timeout_s = peer, timeout.total_seconds()
+        self._side = int(rank > peer)
+        connect = _attach_memory if self._side else _create_memory
         try:
-            self._socket, memory = connect(store, f"pair {min(rank, partner)} {max(rank, partner)}", self._timeout_s)
+            self._socket, memory = connect(store, f"pair {min(rank, peer)} {max(rank, peer)}", self._timeout_s)
         except OSError as error:
             raise self._lost(error) from error
         self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(2, 2, CHUNK_BYTES)
         self._slot = 0
         self._socket.setblocking(False)
-        self._heard = select.poll()
-        self._heard.register(self._socket, select.POLLIN)
+        self._readable = select.poll()
+        self._readable.register(self._socket, select.POLLIN)
 
-    def add(self, tensor: Tensor) -> None:
-        """See `Pair`."""
+    def all_reduce(self, tensor: Tensor) -> None:
+        """See `Peer`."""
         for chunk in torch.split(tensor.view(-1), CHUNK_BYTES // tensor.element_size()):
-            both = self._slots[self._slot, :, : chunk.nbytes].view(chunk.dtype)
+            buffers = self._slots[self._slot, :, : chunk.nbytes].view(chunk.dtype)
             self._slot = 1 - self._slot
-            both[self._side].copy_(chunk)
-            self._meet()
-            chunk.add_(both[1 - self._side])
+            buffers[self._side].copy_(chunk)
+            self._synchronize()
+            chunk.add_(buffers[1 - self._side])
 
     def close(self) -> None:
-        """See `Pair`."""
+        """See `Peer`."""
         self._socket.close()
 
-    def _meet(self) -> None:
-        """Say that this rank has written; wait until the other has."""
+    def _synchronize(self) -> None:
+        """Signal that this rank has written; wait until the peer has."""
         try:
             self._socket.send(b".")
             spin_until = time.monotonic() + SPIN_S
-            while (word := self._word()) is None:
+            while not self._readable.poll(0):
                 if time.monotonic() < spin_until:
                     os.sched_yield()
-                elif not self._heard.poll(1000 * self._timeout_s):
-                    raise TimeoutError(f"no word for {self._timeout_s:.0f} s")
+                elif not self._readable.poll(1000 * self._timeout_s):
+                    raise TimeoutError(f"no answer for {self._timeout_s:.0f} s")
+            signal = self._socket.recv(1)
         except OSError as error:
             raise self._lost(error) from error
-        if not word:
-            raise self._lost("it has closed the connection")
+        if not signal:
+            raise self._lost("it closed the connection")
 
-    def _word(self) -> bytes | None:
-        """What has come from the partner; empty when it is gone, nothing when it has not spoken."""
-        try:
-            return self._socket.recv(1)
-        except BlockingIOError:
-            return None
-
-    def _lost(self, why: object) -> LostPartnerError:
-        return LostPartnerError(f"rank {self._partner} is lost: {why}")
+    def _lost(self, reason: object) -> LostPeerError:
+        return LostPeerError(f"rank {self._peer} is lost: {reason}")
 
 
-def _offer(store: Store, name: str, timeout_s: float) -> tuple[socket.socket, mmap.mmap]:
-    """Make the memory and give it to the partner; nameless, so that nothing of it outlives the two."""
+def _create_memory(store: Store, key: str, timeout_s: float) -> tuple[socket.socket, mmap.mmap]:
+    """Create the shared memory and pass it to the peer; it has no name, so nothing is left after a kill."""
     with os.fdopen(os.memfd_create("chargpt"), "r+b") as file, socket.socket(socket.AF_UNIX) as listener:
         file.truncate(4 * CHUNK_BYTES)
         address = f"chargpt {secrets.token_hex(16)}"
         listener.settimeout(timeout_s)
-        listener.bind(f"\0{address}")  # of Linux's abstract names: no file
+        listener.bind(f"\0{address}")  # in Linux's abstract namespace: no file
         listener.listen(1)
-        store.set(name, address)
+        store.set(key, address)
         connection, _ = listener.accept()
         socket.send_fds(connection, [b"."], [file.fileno()])
         return connection, mmap.mmap(file.fileno(), 0)
 
 
-def _receive(store: Store, name: str, timeout_s: float) -> tuple[socket.socket, mmap.mmap]:
-    address = store.get(name).decode()
+def _attach_memory(store: Store, key: str, timeout_s: float) -> tuple[socket.socket, mmap.mmap]:
+    """Receive the shared memory that the peer created."""
+    address = store.get(key).decode()
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(timeout_s)
     connection.connect(f"\0{address}")
@@ -144,22 +139,22 @@ def _receive(store: Store, name: str, timeout_s: float) -> tuple[socket.socket, 
         return connection, mmap.mmap(file.fileno(), 0)
 
 
-def pairs_of_rank(rank: int, size: int, device: torch.device, store: Store, timeout: timedelta) -> list[Pair]:
-    """This rank's pairs, in the order of the exchanges."""
-    near = _ranks_here(rank) if device.type == "cpu" and sys.platform == "linux" else range(0)
-    found: list[Pair] = []
+def connect_peers(rank: int, size: int, device: torch.device, store: Store, timeout: timedelta) -> list[Peer]:
+    """Connect a rank to its peers, in the order of the exchanges."""
+    local = _local_ranks(rank) if device.type == "cpu" and sys.platform == "linux" else range(0)
+    peers: list[Peer] = []
     distance = 1
     while distance < size:
-        partner = rank ^ distance
-        if partner in near:
-            found.append(MemoryPair(store, rank, partner, timeout))
-        elif partner < size:  # otherwise there are not 2, 4, 8, … ranks, and the command is about to refuse
-            found.append(NetworkPair(sorted((rank, partner)), timeout))
+        peer = rank ^ distance
+        if peer in local:
+            peers.append(SharedMemoryPeer(store, rank, peer, timeout))
+        elif peer < size:  # else the number of ranks is no power of two, which `train` refuses after this
+            peers.append(NetworkPeer(sorted((rank, peer)), timeout))
         distance *= 2
-    return found
+    return peers
 
 
-def _ranks_here(rank: int) -> range:
-    """The ranks on this machine, as torchrun tells; without it, only this one."""
+def _local_ranks(rank: int) -> range:
+    """The ranks on this machine according to torchrun's variables; without torchrun, this rank only."""
     first = rank - int(os.environ.get("LOCAL_RANK", "0"))
     return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

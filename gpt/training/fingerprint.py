@@ -1,4 +1,4 @@
-"""What a run is made of, by content: the digests of its params, its tokens and its code."""
+"""The fingerprint of a training run: SHA-256 of its params, tokens and code. Works without importing torch."""
 
 import ast
 import hashlib
@@ -14,25 +14,28 @@ TOKEN_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 
 
 def run_key(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> str:
-    """The name of a training run: SHA-256 over its `digests`. Equal keys promise equal bytes."""
+    """The name of a training run: the SHA-256 of its `digests`. Equal keys promise equal outputs."""
     return hashlib.sha256(canonical_json(digests(params_file, tokens, changes)).encode()).hexdigest()
 
 
 def digests(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> dict[str, object]:
-    """All that decides the bytes of a trained model, as plain values that can be compared field by field."""
+    """Everything that determines the bytes of a trained model, as plain values that can be compared by field.
+
+    Raises:
+        UserError: a params file or change is invalid, or the init checkpoint is missing.
+    """
     params = read_params(params_file, changes)
     train = params.get("train") or {}
     return {
         "model": params.get("model"),
         "train": train,
-        "init_from": _digest_of_start(train.get("init_from")),
+        "init_from": _digest_of_init_checkpoint(train.get("init_from")),
         "tokens": {name: sha256_file(tokens / name) for name in TOKEN_FILES if (tokens / name).exists()},
         "code": {name_of(path): sha256_file(path) for path in imported_files("gpt.commands.train")},
     }
 
 
-def _digest_of_start(init_from: object) -> str | None:
-    """The digest of the model that a training continues from: another one under the same name is another start."""
+def _digest_of_init_checkpoint(init_from: object) -> str | None:
     if not isinstance(init_from, str):
         return None
     if not Path(init_from).is_file():
@@ -43,26 +46,27 @@ def _digest_of_start(init_from: object) -> str | None:
 
 
 def name_of(path: Path) -> str:
-    """A source file's path seen from the project: `gpt/model/gpt.py`."""
+    """A source file's path relative to the project: `gpt/model/gpt.py`."""
     return path.relative_to(PACKAGE.parent).as_posix()
 
 
 def imported_files(module: str) -> list[Path]:
-    """The source files of this package that a module imports, itself included, sorted; found without importing any.
+    """Return the sorted source files of `gpt` that a module imports, directly or not, itself included.
 
-    `gpt/__init__.py` is left out: it offers functions to users of the package and takes no part in a command.
+    The files are parsed, not imported. `gpt/__init__.py` is left out: no command depends on the public API.
     """
     found: set[Path] = set()
-    pending = _sources(module)
+    pending = _files_of(module)
     while pending:
         path = pending.pop()
         if path not in found:
             found.add(path)
-            pending += [source for name in _imported_names(path) for source in _sources(name)]
+            pending += [file for name in _imported_names(path) for file in _files_of(name)]
     return sorted(found)
 
 
 def _imported_names(path: Path) -> list[str]:
+    """The dotted names that a file imports; `from a import b` gives `a.b`, which may be a module or not."""
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -72,11 +76,11 @@ def _imported_names(path: Path) -> list[str]:
     return names
 
 
-def _sources(name: str) -> list[Path]:
-    """The files that Python runs for `import name`: those of its packages, and its own if it is a module."""
+def _files_of(name: str) -> list[Path]:
+    """The files that Python runs for a dotted name: the `__init__.py` of each package, and the module."""
     package, *parts = name.split(".")
     if package != PACKAGE.name:
         return []
-    folders = [PACKAGE.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1)]
-    modules = [PACKAGE.joinpath(*parts[:depth]).with_suffix(".py") for depth in range(1, len(parts) + 1)]
-    return [path for path in (*folders, *modules) if path.is_file()]
+    paths = [PACKAGE.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
+    candidates = [path / "__init__.py" for path in paths] + [path.with_suffix(".py") for path in paths]
+    return [path for path in candidates if path.is_file()]

@@ -1,67 +1,77 @@
-"""How far every rank of a training run has come, so that those who wait can name the one that hangs."""
+"""The heartbeat: how far every rank has come, so that the ranks that wait can name the one that hangs."""
 
 import os
-import signal
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in its __all__
 
-PULSE_S = 1
-PULSE_ANSWER_S = 5
+from gpt.core.errors import OneLineError
+
+INTERVAL_S = 1
+STORE_TIMEOUT_S = 5
+
+
+class LostRankError(OneLineError):
+    """Another rank died or does not answer."""
 
 
 class Heartbeat:
-    """Tells the other ranks how far this one has come, so that they can name the one that hangs.
+    """Counts the collectives that this rank has reached; a thread writes the count to the store every second."""
 
-    A rank counts the exchanges that it reached. A thread brings the count to the common store every second, which
-    costs the training nothing.
-    """
-
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout_s: int) -> None:
         self._store = store.clone() if size > 1 else store  # type: ignore[attr-defined]
-        self._rank, self._size = rank, size
+        self._rank, self._size, self._timeout_s = rank, size, timeout_s
         self._count = 0
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._report_for_ever, daemon=True)
+        self._thread = threading.Thread(target=self._write_repeatedly, daemon=True)
         if size > 1:
-            self._store.set_timeout(timedelta(seconds=PULSE_ANSWER_S))
+            self._store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
             self._thread.start()
 
-    def beat(self) -> None:
-        """Count one exchange that this rank has reached."""
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        """Count a collective operation, and turn its failure into an error that names the ranks that are missing.
+
+        Torch raises a plain RuntimeError for a lost peer, so the block must contain nothing but the operation.
+
+        Raises:
+            LostRankError: the operation raised a RuntimeError, and there are other ranks.
+        """
         self._count += 1
+        try:
+            yield
+        except RuntimeError as error:
+            if self._size == 1:
+                raise
+            raise LostRankError(
+                f"{self._ranks_behind()} died, or did not answer within {self._timeout_s} s; run again to continue"
+            ) from error
 
     def stop(self) -> None:
-        """End the thread: one that is inside torch while Python shuts down aborts the process."""
+        """End the thread: one that is inside torch while Python shuts down would abort the process."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join(PULSE_ANSWER_S)
+            self._thread.join(STORE_TIMEOUT_S)
 
-    def diagnosis(self, timeout_s: int) -> str:
-        """Say which ranks fell behind, and end those on this machine, which nothing else would."""
-        reached = {}
-        with suppress(RuntimeError):  # the store lies on a machine that is out of reach
-            self._report()
+    def _ranks_behind(self) -> str:
+        behind = []
+        with suppress(RuntimeError):  # the store is on a machine that cannot be reached
+            self._write()
             for rank in range(self._size):
-                count, host, pid = self._store.get(f"pulse {rank}").decode().split()
-                reached[rank] = int(count), host, int(pid)
-        behind = {rank: who for rank, who in reached.items() if who[0] < self._count}
-        for _, host, pid in behind.values():
-            if host == socket.gethostname():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        names = ", ".join(f"rank {rank} (PID {pid} on {host})" for rank, (_, host, pid) in behind.items())
-        missing = names or f"a rank other than {self._rank}"
-        return f"{missing} died, or did not answer within {timeout_s} s; run again to continue"
+                count, host, pid = self._store.get(f"heartbeat {rank}").decode().split()
+                if int(count) < self._count:
+                    behind.append(f"rank {rank} (PID {pid} on {host})")
+        return ", ".join(behind) or f"a rank other than {self._rank}"
 
-    def _report(self) -> None:
-        self._store.set(f"pulse {self._rank}", f"{self._count} {socket.gethostname()} {os.getpid()}")
+    def _write(self) -> None:
+        self._store.set(f"heartbeat {self._rank}", f"{self._count} {socket.gethostname()} {os.getpid()}")
 
-    def _report_for_ever(self) -> None:
-        with suppress(RuntimeError):  # the store is gone, and soon this process
-            self._report()
-            while not self._stopped.wait(PULSE_S):
-                self._report()
+    def _write_repeatedly(self) -> None:
+        with suppress(RuntimeError):  # the store is gone, and this process will end soon
+            self._write()
+            while not self._stopped.wait(INTERVAL_S):
+                self._write()

@@ -1,4 +1,4 @@
-"""The history of a training run: appended live as JSON lines, written at the end as a table without timings."""
+"""The history of a training run: appended live as JSON lines, written at the end as CSV without timings."""
 
 import json
 import os
@@ -9,15 +9,15 @@ import pandas as pd
 
 from gpt.core.files import atomic_write, explain_os_errors
 
-TRAINING = ["step", "train_loss", "learning_rate", "grad_norm"]  # what a re-run repeats bit for bit
+TRAINING = ["step", "train_loss", "learning_rate", "grad_norm"]  # columns that a re-run repeats bit for bit
 VALIDATION = ["step", "val_loss"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What was seen at one step: losses in nats a token, the time in seconds since 1970.
+    """Metrics of one step: losses in nats per token, time in seconds since 1970.
 
-    `train_loss` is the mean over the steps since the record before; `val_loss` is there at evaluation steps only.
+    `train_loss` is the mean over the steps since the previous record; `val_loss` is None except at evaluations.
     """
 
     step: int
@@ -30,44 +30,42 @@ class Record:
 
 
 class History:
-    """The records of a run so far, in memory and in the file that others follow."""
+    """The records of a run, in memory and in a file that other processes follow."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[Record] = []
 
     def resume(self, step: int) -> None:
-        """Take up the records of an earlier process up to a step and cut off those after it."""
+        """Load the records of an earlier process up to a step and delete those after it."""
         self.records = [record for record in read_records(self.path) if record.step <= step]
         with atomic_write(self.path) as file:
             file.write("".join(map(_line, self.records)).encode())
 
     def append(self, record: Record) -> None:
-        """Add a record; whoever follows the file sees it at once."""
+        """Add a record, visible to readers of the file at once."""
         self.records.append(record)
         with explain_os_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
     def flush(self) -> None:
-        """Bring the records to the disk, so that no saved state is ever ahead of them."""
+        """Flush the records to the disk, so that no resume state is ahead of them."""
         if self.records:
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def write_csv(self, training: Path, validation: Path) -> None:
-        """Write what was seen as two tables, the same bytes for the same training.
+        """Write training and validation metrics as two tables, the same bytes for the same training.
 
-        Two, since losses on the validation split are rarer, and plots take an empty cell for a zero.
+        Two, since evaluations are rarer than records, and DVC plots an empty cell as zero.
         """
-        table = pd.DataFrame(
-            [asdict(record) for record in self.records], columns=[each.name for each in fields(Record)]
-        )
+        table = pd.DataFrame(map(asdict, self.records), columns=[field.name for field in fields(Record)])
         _write_table(training, table[TRAINING])
         _write_table(validation, table[VALIDATION].dropna())
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read the records of a history file; a last line that a killed process left half-written is passed over."""
+    """Read a history file; an incomplete last line, left by a killed process, is ignored."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [Record(**{"val_loss": None, **json.loads(line)}) for line in lines if line.endswith("\n")]
 

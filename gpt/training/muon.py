@@ -1,96 +1,89 @@
-"""Muon, an optimizer for matrices (Jordan et al. 2024), whose work the ranks share."""
+"""Muon, an optimizer for matrices (Jordan et al. 2024); the ranks share its work."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steep at zero, so that few rounds are enough
-ROUNDS = 5
-WARM_UP_STEPS, FIRST_MOMENTUM = 100, 0.85  # the first gradients turn quickly and are not worth remembering
+from gpt.training.distributed import Group
 
-
-class Ranks(Protocol):
-    """Those who share the work."""
-
-    @property
-    def rank(self) -> int:
-        """Which of them this process is, from 0."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-
-    def exchange(self, tensors: Sequence[Tensor]) -> None:
-        """Fill in what the others computed: where this rank has zeros."""
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: steep at zero, so that few iterations are enough
+ITERATIONS = 5
+WARMUP_STEPS, INITIAL_MOMENTUM = 100, 0.85  # the first gradients change direction quickly
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps whose matrices are orthogonal, so that all directions of a layer learn equally fast (Jordan et al. 2024).
+    """Updates by orthogonal matrices, so that all directions of a layer learn equally fast (Jordan et al. 2024).
 
-    Each step goes along the orthogonal matrix that is nearest to the momentum. Finding it costs a good part of a step,
-    so the ranks share out the matrices and exchange what they found.
+    Each update is the orthogonal matrix nearest to the momentum. Finding it takes a good part of a step, so each rank
+    orthogonalizes some of the matrices.
     """
 
     def __init__(
-        self,
-        matrices: Iterable[nn.Parameter],
-        ranks: Ranks,
-        *,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
+        self, matrices: Iterable[nn.Parameter], ranks: Group, *, lr: float, momentum: float, weight_decay: float
     ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": 0})
         self._ranks = ranks
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]  # no closure: nothing here computes a loss again
-        """Move every matrix that has a gradient."""
+    def step(self) -> None:  # type: ignore[override]  # no closure: the loss is never computed again
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             group["steps"] += 1
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            updates = self._orthogonal([self._aim(weight, group) for weight in weights])
+            updates = self._orthogonal([self._momentum(weight, group) for weight in weights])
             for weight, update in zip(weights, updates, strict=True):
-                height, width = weight.shape
+                rows, columns = weight.shape
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, height / width)))
+                weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
-    def _aim(self, weight: nn.Parameter, group: dict[str, Any]) -> Tensor:
-        """Nesterov's momentum: the mean of past gradients, seen from one step ahead."""
+    def _momentum(self, weight: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """Nesterov momentum: the mean of past gradients, one step ahead."""
         assert weight.grad is not None
-        share = min(1.0, group["steps"] / WARM_UP_STEPS)
-        momentum = FIRST_MOMENTUM + share * (group["momentum"] - FIRST_MOMENTUM)
+        warmup = min(1.0, group["steps"] / WARMUP_STEPS)
+        momentum = INITIAL_MOMENTUM + warmup * (group["momentum"] - INITIAL_MOMENTUM)
         mean: Tensor = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
         mean.lerp_(weight.grad, 1 - momentum)
         return weight.grad.lerp(mean, momentum)
 
-    def _orthogonal(self, aims: list[Tensor]) -> list[Tensor]:
-        """The orthogonal matrix nearest to each; those of one shape, lying or standing, are computed together."""
-        lying = [aim.T if aim.shape[0] > aim.shape[1] else aim for aim in aims]
-        shapes = sorted({matrix.shape for matrix in lying})
-        stacks = [torch.stack([matrix for matrix in lying if matrix.shape == shape]).bfloat16() for shape in shapes]
+    def _orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
+        """Return the orthogonal matrix nearest to each.
+
+        Matrices of one shape are stacked, tall ones transposed. Each rank orthogonalizes its part of each stack.
+        Example with 2 ranks: matrices 0 to 3 of shapes (8, 8), (32, 8), (8, 32), (8, 8) give the stacks [0, 3] of
+        shape (8, 8) and [1 transposed, 2] of shape (8, 32); rank 0 computes 0 and 1, rank 1 computes 3 and 2.
+        """
+        wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+        indices_by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for index, matrix in enumerate(wide):
+            indices_by_shape[matrix.shape].append(index)
+        stacks = [torch.stack([wide[index] for index in indices]).bfloat16() for indices in indices_by_shape.values()]
         for stack in stacks:
             begin, end = (len(stack) * rank // self._ranks.size for rank in (self._ranks.rank, self._ranks.rank + 1))
-            mine = orthogonalize(stack[begin:end])
-            stack.zero_()[begin:end] = mine
-        self._ranks.exchange(stacks)
-        found = {shape: iter(stack) for shape, stack in zip(shapes, stacks, strict=True)}
-        updates = [next(found[matrix.shape]) for matrix in lying]
-        return [update.T if aim.shape[0] > aim.shape[1] else update for aim, update in zip(aims, updates, strict=True)]
+            result = orthogonalize(stack[begin:end])
+            stack.zero_()[begin:end] = result
+        self._ranks.all_gather_parts(stacks)
+        for indices, stack in zip(indices_by_shape.values(), stacks, strict=True):
+            for index, matrix in zip(indices, stack, strict=True):
+                wide[index] = matrix
+        return [
+            found.T if matrix.shape[0] > matrix.shape[1] else found
+            for matrix, found in zip(matrices, wide, strict=True)
+        ]
 
 
 def orthogonalize(matrices_NRC: Tensor) -> Tensor:
-    """Bring all singular values near 1 (0.7 to 1.2) and leave the singular vectors, by Newton-Schulz iterations.
+    """Bring all singular values near 1 (0.7 to 1.2), with the same singular vectors, by Newton-Schulz iterations.
 
     Args:
         matrices_NRC: a stack of N matrices with no more rows than columns.
     """
     linear, cubic, quintic = NEWTON_SCHULZ
     x_NRC: Tensor = matrices_NRC / (matrices_NRC.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(ROUNDS):
+    for _ in range(ITERATIONS):
         square_NRR = x_NRC @ x_NRC.mT
         x_NRC = linear * x_NRC + (cubic * square_NRR + quintic * square_NRR @ square_NRR) @ x_NRC
     return x_NRC

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest; their rates."""
+"""The optimizers (AdamW, or Muon for the matrices of the blocks and AdamW for the rest) and their learning rates."""
 
 import math
 from typing import Literal
@@ -8,11 +8,12 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from gpt.core.params import Section
-from gpt.training.muon import Muon, Ranks
+from gpt.training.distributed import Group
+from gpt.training.muon import Muon
 
 
 class OptimizerParams(Section):
-    """Those keys of the section `train` that say how the weights move."""
+    """The keys of the section `train` that the optimizers use."""
 
     max_steps: int = Field(ge=1)
     optimizer: Literal["adamw", "muon"]
@@ -28,7 +29,7 @@ class OptimizerParams(Section):
     muon_weight_decay: float = Field(ge=0)
 
     @model_validator(mode="after")
-    def _rates_fall(self) -> "OptimizerParams":
+    def _min_is_below_max(self) -> "OptimizerParams":
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate: expected at most learning_rate ({self.learning_rate}), found "
@@ -37,10 +38,10 @@ class OptimizerParams(Section):
         return self
 
 
-def make_optimizers(params: OptimizerParams, model: nn.Module, ranks: Ranks) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov & Hutter 2019), and Muon before it where it is asked for.
+def make_optimizers(params: OptimizerParams, model: nn.Module, ranks: Group) -> list[torch.optim.Optimizer]:
+    """Return AdamW (Loshchilov & Hutter 2019), after Muon if the params select it.
 
-    AdamW's weight decay is for embeddings and matrices: norms have nothing to shrink towards.
+    AdamW's weight decay applies to embeddings and matrices, not to norms and biases.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     inner = {name for name, weight in weights.items() if name.startswith("blocks.") and weight.dim() == 2}
@@ -68,13 +69,13 @@ def make_optimizers(params: OptimizerParams, model: nn.Module, ranks: Ranks) -> 
 
 
 def learning_rate_at(step: int, params: OptimizerParams) -> float:
-    """AdamW's learning rate at step 1, 2, …, max_steps: a linear rise, then a fall; Muon's keeps its proportion to it.
+    """AdamW's learning rate at step 1, 2, …, max_steps; Muon's is proportional to it.
 
-    It falls along half a cosine (Loshchilov & Hutter 2017) or a line (Defazio et al. 2023).
+    After a linear warm-up it decays along half a cosine (Loshchilov & Hutter 2017) or a line (Defazio et al. 2023).
     """
     highest, lowest = params.learning_rate, params.min_learning_rate
     if step <= params.warmup_steps:
         return highest * step / (params.warmup_steps + 1)
     progress = (step - params.warmup_steps) / max(1, params.max_steps - params.warmup_steps)
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if params.schedule == "cosine" else 1 - progress
-    return lowest + (highest - lowest) * left
+    factor = 0.5 * (1 + math.cos(math.pi * progress)) if params.schedule == "cosine" else 1 - progress
+    return lowest + (highest - lowest) * factor

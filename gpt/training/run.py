@@ -1,4 +1,4 @@
-"""Train the model; start it through torchrun to use several processes. The checkpoint is the same for any number."""
+"""A training run from its params to its outputs: resume, train, write."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -15,24 +15,25 @@ from gpt.core.files import prepare_output, sha256_file, write_metrics
 from gpt.data.dataset import check_lengths
 from gpt.data.token_files import TokenData
 from gpt.model.baselines import make_model
-from gpt.model.checkpoint import Checkpoint
+from gpt.model.checkpoint import Checkpoint, load_checkpoint
 from gpt.model.config import ModelConfig
 from gpt.model.device import choose_device, slow_in_bfloat16
-from gpt.model.gpt import count_parameters
+from gpt.model.gpt import LanguageModel, count_parameters
+from gpt.tokenizers.base import Tokenizer
 from gpt.training.distributed import Group, env_rank, process_group
-from gpt.training.history import History, Record
-from gpt.training.init_checkpoint import load_init_checkpoint
+from gpt.training.history import History
 from gpt.training.overfitting import find_overfitting
 from gpt.training.progress import ProgressReporter
 from gpt.training.run_folder import RunFolder
 from gpt.training.trainer import Trainer, TrainParams, seed_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+IRRELEVANT = {"dropout"}  # keys of the section model that change no weight's shape or meaning
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a training run leaves its results."""
+    """The paths of a training run's results."""
 
     checkpoint: Path
     metrics: Path
@@ -45,59 +46,89 @@ def train(
     params: TrainParams,
     model: ModelConfig,
     data: TokenData,
-    made_of: dict[str, Any],
+    digests: dict[str, Any],
     outputs: Outputs,
     folder: RunFolder,
     timeout_s: int,
 ) -> None:
-    """Train a model, continuing from the run folder's newest state, and write the outputs.
+    """Train a model, from the run folder's newest resume state if there is one, and write the outputs.
 
     Args:
-        made_of: the digests of everything that decides the result; a state of other digests is not continued.
+        digests: of everything that determines the result; a state with other digests is skipped.
         timeout_s: seconds after which a rank that does not answer ends the job.
 
     Raises:
-        UserError: an output cannot be written, the text is too short, no GPU where one is demanded, or the training
-            blew up.
+        UserError: an output cannot be written, the text is too short, the device is missing, the init checkpoint does
+            not match, or the training diverged.
+        StoppedError: SIGTERM or SIGINT stopped the training early.
     """
     check_lengths(data, block_size=model.block_size)
     device = choose_device(params.device, "train.device")
     if env_rank() == 0:
         for path in (*vars(outputs).values(), folder.history.path):
             prepare_output(path)
-    with (
-        ExitStack() as stack,
-        process_group(device, timeout_s=timeout_s, before=lambda: stack.enter_context(folder.locked(report))) as group,
-    ):
-        _check_ranks(group, params.shards, made_of)
-        torch.manual_seed(seed_of(params.seed))
-        first = make_model(model, data.meta.vocab_size)
-        if params.init_from:
-            first.load_state_dict(dict(load_init_checkpoint(Path(params.init_from), model, data.tokenizer).weights))
-        trainer = Trainer(params, first, data, group)
-        _continue_or_begin(trainer, folder, made_of)
+    with ExitStack() as stack:
+        lock = folder.locked(report)
+        group = stack.enter_context(
+            process_group(device, timeout_s=timeout_s, before_joining=lambda: stack.enter_context(lock))
+        )
+        _check_ranks(group, params.shards, digests)
+        trainer = Trainer(params, _initial_model(params, model, data), data, group)
+        _resume(trainer, folder, digests)
         if group.is_main and params.precision == "bfloat16" and slow_in_bfloat16(device):
             report("this CPU has no instructions for bfloat16: float32 will be faster (-S train.precision=float32)")
-        to_do = trainer.progress.step < params.max_steps
-        seen = (
-            ProgressReporter(params.max_steps, trainer.progress.step, folder.history)
-            if group.is_main and to_do
-            else _ignore
-        )
-        with _polite_signals() as asked_to_stop:
-            trainer.run(folder, made_of, seen, asked_to_stop)
+        with _stop_on_signals() as should_stop:
+            if trainer.progress.step < params.max_steps:
+                progress = ProgressReporter(params.max_steps, trainer.progress.step, folder.history, show=group.is_main)
+                trainer.run(folder, digests, progress, should_stop)
             if group.is_main:
                 _write(trainer, outputs, folder.history)
 
 
-def _check_ranks(group: Group, shards: int, made_of: dict[str, Any]) -> None:
-    """Refuse a number of ranks that cannot share the shards, and ranks that would train something else."""
+def load_init_checkpoint(path: Path, params: ModelConfig, tokenizer: Tokenizer) -> Checkpoint:
+    """Read the trained model whose weights a fine-tuning starts from.
+
+    Raises:
+        UserError: the file is not a checkpoint, or it has another architecture or tokenizer.
+    """
+    checkpoint = load_checkpoint(path)
+    expected, found = params.model_dump(), checkpoint.model.model_dump()
+    difference = [
+        f"{key} {found[key]!r} instead of {value!r}"
+        for key, value in expected.items()
+        if key not in IRRELEVANT and found[key] != value
+    ]
+    if difference:
+        raise UserError(
+            f"train.init_from: expected a model of the same architecture, found in {path}: {'; '.join(difference)}; "
+            "set the section model to its values"
+        )
+    if checkpoint.tokenizer != tokenizer:
+        raise UserError(
+            f"train.init_from: expected tokens made with the tokenizer of {path} ({checkpoint.tokenizer.vocab_size:,} "
+            f"symbols), found another tokenizer ({tokenizer.vocab_size:,} symbols); set tokenize.init_from to that "
+            "model's tokenizer.json"
+        )
+    return checkpoint
+
+
+def _initial_model(params: TrainParams, model: ModelConfig, data: TokenData) -> LanguageModel:
+    """A model with random weights, or with those of the init checkpoint."""
+    torch.manual_seed(seed_of(params.seed))
+    initial = make_model(model, data.meta.vocab_size)
+    if params.init_from:
+        initial.load_state_dict(dict(load_init_checkpoint(Path(params.init_from), model, data.tokenizer).weights))
+    return initial
+
+
+def _check_ranks(group: Group, shards: int, digests: dict[str, Any]) -> None:
+    """Refuse a number of ranks that does not divide the shards, and ranks with other params, tokens or code."""
     if group.size > shards or group.size & (group.size - 1):
         raise UserError(
             f"train: expected 1, 2, 4, … processes, at most train.shards ({shards}), found {group.size}; "
             "set launch.processes"
         )
-    difference = _difference(group.broadcast(made_of), made_of)
+    difference = _difference(group.broadcast(digests), digests)
     if difference:
         raise UserError(
             f"train: expected the params, tokens and code of rank 0 on every rank, found on rank {group.rank}: "
@@ -105,74 +136,64 @@ def _check_ranks(group: Group, shards: int, made_of: dict[str, Any]) -> None:
         )
 
 
-def _difference(theirs: Any, mine: Any, path: str = "") -> list[str]:
-    """Field by field, what differs in two trees of plain values."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = sorted(theirs.keys() | mine.keys())
-        return [line for key in keys for line in _difference(theirs.get(key), mine.get(key), f"{path}.{key}")]
-    return [] if theirs == mine else [f"{path.lstrip('.')} {str(mine)[:16]} instead of {str(theirs)[:16]}"]
+def _difference(expected: Any, found: Any, path: str = "") -> list[str]:
+    """The fields in which two trees of plain values differ."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        keys = sorted(expected.keys() | found.keys())
+        return [line for key in keys for line in _difference(expected.get(key), found.get(key), f"{path}.{key}")]
+    return [] if expected == found else [f"{path.lstrip('.')} {str(found)[:16]} instead of {str(expected)[:16]}"]
 
 
-def _continue_or_begin(trainer: Trainer, folder: RunFolder, made_of: dict[str, Any]) -> None:
-    """Take up the newest resume state, which rank 0 alone can read, on all ranks; without one, start at step 0."""
-    first = trainer.group.is_main
-    found = folder.newest(made_of, report) if first else None
-    state = trainer.group.broadcast(found)
+def _resume(trainer: Trainer, folder: RunFolder, digests: dict[str, Any]) -> None:
+    """Restore the newest resume state on all ranks; rank 0 reads it. Without one, start at step 0."""
+    group = trainer.group
+    state = group.broadcast(folder.newest(digests, report) if group.is_main else None)
     if state:
         trainer.restore(*state)
-    if first:
+    if group.is_main:
         folder.history.resume(trainer.progress.step)
         if state:
             report(f"continuing after step {trainer.progress.step:,}")
-        log.info(
-            "%s parameters, %d process(es) on %s",
-            f"{count_parameters(trainer.model):,}",
-            trainer.group.size,
-            trainer.group.device.type,
-        )
+        parameters = f"{count_parameters(trainer.model):,}"
+        log.info("%s parameters, %d process(es) on %s", parameters, group.size, group.device.type)
 
 
 def _write(trainer: Trainer, outputs: Outputs, history: History) -> None:
-    """Write checkpoint, history and figures under their final names.
+    """Write checkpoint, history and metrics, and report the result.
 
-    The last state stays: whoever started this may be killed before it has taken the results over.
+    The last resume state is kept: the parent process may be killed before it has processed the outputs.
     """
-    progress, meta = trainer.progress, trainer.data.meta
+    progress = trainer.progress
     about = {
         "train": trainer.params.model_dump(),
-        "corpus_sha256": meta.corpus_sha256,
+        "corpus_sha256": trainer.data.meta.corpus_sha256,
         "step": progress.best_step,
         "val_loss": progress.best_loss,
     }
     Checkpoint(trainer.model.config, trainer.data.tokenizer, trainer.best, about).save(outputs.checkpoint)
     history.write_csv(outputs.history, outputs.validation)
-    assert progress.best_loss is not None  # the last step, at the latest, is an evaluation
-    train_loss = {record.step: record.train_loss for record in history.records}[progress.best_step]
-    figures = {
-        "train_loss": train_loss,
+    assert progress.best_loss is not None  # there is an evaluation at the last step
+    metrics = {
+        "train_loss": {record.step: record.train_loss for record in history.records}[progress.best_step],
         "val_loss": progress.best_loss,
         "best_step": progress.best_step,
         "parameters": count_parameters(trainer.model),
     }
-    write_metrics(outputs.metrics, figures)
+    write_metrics(outputs.metrics, metrics)
     steps = f"step {progress.best_step:,} of {progress.step:,}"
     report(f"validation loss {progress.best_loss:.4f} at {steps} -> {outputs.checkpoint}")
-    if found := find_overfitting(history.records):
-        report(str(found))
+    if overfitting := find_overfitting(history.records):
+        report(str(overfitting))
     log.info("checkpoint SHA-256 %s", sha256_file(outputs.checkpoint))
 
 
 @contextmanager
-def _polite_signals() -> Iterator[Callable[[], bool]]:
-    """Instead of ending at once, note that SIGTERM (also Slurm's, before it takes the node away) or Ctrl-C came."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda got, _: came.append(got)) for number in STOP_SIGNALS}
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Record SIGTERM (which Slurm too sends before the time limit) and Ctrl-C instead of ending at once."""
+    received: list[int] = []
+    previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in STOP_SIGNALS}
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(received)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _ignore(_record: Record) -> None:
-    """The other ranks keep still."""

@@ -1,4 +1,4 @@
-"""The training loop: one step, the evaluation between steps, the state that a killed run continues from."""
+"""The training loop: a step, the evaluation, and the state from which a killed run resumes."""
 
 import hashlib
 import math
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -23,8 +24,8 @@ from gpt.training.history import Record
 from gpt.training.optimizer import OptimizerParams, learning_rate_at, make_optimizers
 from gpt.training.run_folder import RunFolder
 
-EXPLODED = 10  # times the loss of guessing
-EVALUATION_TOKENS = 2048  # a batch of the evaluation between steps: part of the bits, so no parameter of the machine
+MAX_LOSS = 10  # times the loss of a uniform prediction; above it the training has diverged
+EVALUATION_TOKENS = 2048  # in a batch; a constant, since the batch size changes the bits of the loss
 
 
 class TrainParams(OptimizerParams):
@@ -57,7 +58,7 @@ class TrainParams(OptimizerParams):
 
 @dataclass
 class Progress:
-    """How far a run is, beside weights and optimizer: plain values that a resume state holds."""
+    """The plain values of a resume state."""
 
     step: int = 0
     best_step: int = 0
@@ -66,7 +67,7 @@ class Progress:
 
 
 class Trainer:
-    """One training run on this rank: the model, its optimizer, and how far they are."""
+    """One training run on this rank: model, optimizers and progress."""
 
     def __init__(self, params: TrainParams, model: LanguageModel, data: TokenData, group: Group) -> None:
         self.params = params
@@ -77,7 +78,7 @@ class Trainer:
         self.average = WeightAverage(self.model, params.weight_average) if params.weight_average else None
         self.best = _copy(self.model.state_dict())
         if params.compile:
-            self.model.compile()  # in place: the names of the weights stay
+            self.model.compile()  # in place: keeps the names of the weights
         self._sharded = ShardedModel(self.model, group, params.shards)
         self.optimizers = make_optimizers(params, self.model, group)
         block = model.config.block_size
@@ -88,31 +89,32 @@ class Trainer:
         self,
         folder: RunFolder,
         digests: dict[str, object],
-        seen: Callable[[Record], None],
-        asked_to_stop: Callable[[], bool],
+        on_record: Callable[[Record], None],
+        should_stop: Callable[[], bool],
     ) -> None:
-        """Train to the last step; the first rank keeps the history and the resume states, and calls `seen`.
+        """Train to the last step; rank 0 writes the history and the resume states and calls `on_record`.
 
         Raises:
-            StoppedError: one of the ranks was asked to stop; the state of the last step is saved.
+            StoppedError: `should_stop` was true on one of the ranks; the state of the last step is saved.
         """
         params, progress = self.params, self.progress
-        began, tokens = time.monotonic(), 0
+        started, started_after = time.monotonic(), progress.step
         while progress.step < params.max_steps:
-            rate, norm, stop = self.train_step(asked_to_stop())
+            rate, grad_norm, stop = self.train_step(should_stop())
             step = progress.step
-            tokens += params.batch_size * self.model.config.block_size
             last = step == params.max_steps
-            seconds = time.monotonic() - began
+            tokens = (step - started_after) * params.batch_size * self.model.config.block_size
+            tokens_per_second = tokens / (time.monotonic() - started)
             val_loss = self.evaluate() if last or step % params.eval_interval == 0 else None
             if val_loss is not None or step % params.log_interval == 0:
                 train_loss = sum(progress.losses_since_record) / len(progress.losses_since_record)
                 progress.losses_since_record.clear()
                 if self.group.is_main:
-                    record = Record(step, train_loss, val_loss, rate, norm, round(time.time(), 3), tokens / seconds)
+                    now = round(time.time(), 3)
+                    record = Record(step, train_loss, val_loss, rate, grad_norm, now, tokens_per_second)
                     folder.history.append(record)
-                    seen(record)
-                began, tokens = time.monotonic(), 0
+                    on_record(record)
+                started, started_after = time.monotonic(), step
             if (stop or last or step % params.save_interval == 0) and self.group.is_main:
                 folder.save(step, *self.state(digests))
             if stop and not last:
@@ -122,53 +124,48 @@ class Trainer:
         """Make one step.
 
         Args:
-            stop: whether this rank was asked to stop after the step.
+            stop: whether this rank wants to stop after the step.
 
         Returns:
-            The learning rate of the step, the norm of its gradient before clipping, and whether any rank has to stop.
+            The learning rate, the norm of the gradient before clipping, and whether any rank wants to stop.
 
         Raises:
-            UserError: the loss or the gradient is no number any more, or the loss exploded.
+            UserError: the loss or the gradient is not finite, or the loss exploded.
         """
         self.progress.step += 1
-        params, step = self.params, self.progress.step
-        rate = learning_rate_at(step, params)
+        rate = learning_rate_at(self.progress.step, self.params)
         self.model.train()
-        mine = self._sharded.backward(self._loss_of_shard)
-        everyone = self.group.all_gather([*mine, float(stop)])
-        stops = everyone[len(mine) :: len(mine) + 1]
-        del everyone[len(mine) :: len(mine) + 1]
-        loss = sum(everyone) / len(everyone)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), params.grad_clip))
+        losses = self._sharded.backward(self._loss_of_shard)
+        by_rank = self.group.all_gather([*losses, float(stop)])  # one collective for both
+        losses = [loss for *losses_of_rank, _ in by_rank for loss in losses_of_rank]
+        stop = any(stop_of_rank for *_, stop_of_rank in by_rank)
+        loss = sum(losses) / len(losses)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
         self._check_sanity(loss, norm)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * (rate / params.learning_rate)
-            optimizer.step()
-        if self.average:
-            self.average.update(step)
+        self._update_weights(rate)
         self.progress.losses_since_record.append(loss)
-        return rate, norm, any(stops)
+        return rate, norm, stop
 
     def evaluate(self) -> float:
-        """The loss of the average, if there is one, on the whole validation split; keeps the best weights.
+        """Return the loss on the whole validation split, in nats per token, and keep the weights if they are the best.
 
-        The ranks share out the batches.
+        The weights are the average's if there is one. The ranks take turns with the batches.
         """
-        mine = self._val_batches[self.group.rank :: self.group.size]
+        batches = self._val_batches[self.group.rank :: self.group.size]
         with self.average.in_use() if self.average else nullcontext(), self._precision():
-            sums = [float(batch.sum()) for batch in token_losses(self.model, mine, self.group.device)]
-        rounds = -(-len(self._val_batches) // self.group.size)
-        everyone = self.group.all_gather(sums + [0.0] * (rounds - len(sums)))
-        in_order = [everyone[rank * rounds + turn] for turn in range(rounds) for rank in range(self.group.size)]
-        loss = sum(in_order) / len(self.data.val)
+            sums = [float(losses.sum()) for losses in token_losses(self.model, batches, self.group.device)]
+        rounds = math.ceil(len(self._val_batches) / self.group.size)
+        by_rank = self.group.all_gather(sums + [0.0] * (rounds - len(sums)))
+        loss: float = sum(chain.from_iterable(zip(*by_rank, strict=True))) / len(
+            self.data.val
+        )  # in the order of the batches
         if self.progress.best_loss is None or loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = self.progress.step, loss
             self.best = _copy(self.average.weights if self.average else self.model.state_dict())
         return loss
 
     def state(self, digests: dict[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All that a resume state holds: plain values, and tensors."""
+        """Everything in a resume state: metadata as plain values, and tensors."""
         return {"digests": digests, "progress": asdict(self.progress)}, {
             "weights": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -177,7 +174,7 @@ class Trainer:
         }
 
     def restore(self, metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
-        """Continue from a state that `state` described."""
+        """Continue from what `state` returned."""
         self.progress = Progress(**metadata["progress"])
         self.model.load_state_dict(tensors["weights"])
         for optimizer, state in zip(self.optimizers, tensors["optimizers"], strict=True):
@@ -186,17 +183,25 @@ class Trainer:
         if self.average:
             self.average.restore(tensors["average"])
 
+    def _update_weights(self, rate: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * (rate / self.params.learning_rate)
+            optimizer.step()
+        if self.average:
+            self.average.update(self.progress.step)
+
     def _check_sanity(self, loss: float, norm: float) -> None:
-        limit = EXPLODED * math.log(self.data.meta.vocab_size)
+        limit = MAX_LOSS * math.log(self.data.meta.vocab_size)
         if not (math.isfinite(norm) and loss < limit):
             raise UserError(
                 f"train: step {self.progress.step}: expected a loss below {limit:.0f} and a finite gradient, found "
-                f"loss {loss:.3g}, gradient {norm:.3g}: the training blew up, the states saved before are kept; "
+                f"loss {loss:.3g}, gradient {norm:.3g}: the training diverged; earlier resume states are kept; "
                 "lower train.learning_rate or train.grad_clip, or raise train.warmup_steps"
             )
 
     def _loss_of_shard(self, model: nn.Module, shard: int) -> Tensor:
-        torch.manual_seed(seed_of(self.params.seed, self.progress.step, shard))  # of random windows and of dropout
+        torch.manual_seed(seed_of(self.params.seed, self.progress.step, shard))  # for random windows and dropout
         inputs_BT, targets_BT = self._windows_of_shard(shard)
         device = self.group.device
         with self._precision():
@@ -217,7 +222,7 @@ class Trainer:
 
 
 def seed_of(*parts: int) -> int:
-    """One 63-bit seed from several numbers; neighbouring numbers give unrelated seeds."""
+    """Hash several numbers to a 63-bit seed; neighbouring numbers give unrelated seeds."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 

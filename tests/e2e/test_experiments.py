@@ -1,4 +1,4 @@
-"""What people do all day: experiments beside each other, in a queue, killed, compared; and what holds them up."""
+"""DVC experiments: queued, in parallel, killed, compared, interrupted, without a network."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,161 +15,150 @@ from contextlib import closing
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from mlflow import MlflowClient
+from mlflow.entities import Run
 from pyroute2 import NetNS, netns
-from ruamel.yaml import YAML
 
-from stages.edits import refusing
-from tests.support.common import ROOT, environment, write_params
+from tests.support.common import ROOT, contents, read_yaml, run, wait_for
 from tests.support.project import (
+    OUTPUTS,
     QUEUE_S,
     artifacts,
     clone,
     command,
-    contents,
     dvc,
-    experiments,
+    dvc_environment,
+    experiment_refs,
     kill,
+    logged_steps,
+    output_file,
     processes_in,
-    references,
-    rows,
-    said,
+    resume_states,
+    run_queue,
+    runs,
     set_params,
     start,
-    states,
     stop_workers,
-    variables,
-    wait_for,
-    work_off,
+    store,
 )
 
-PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+PARAMS_FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 TRAINED = ("chargpt_nano.pt", "plots/history.csv", "plots/validation.csv", "metrics/train.json")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Path]:
-    """A clone in which nothing has run yet, so no store is there either."""
+    """A clone in which nothing has run, so that there is no MLflow store either."""
     folder = clone(tmp_path_factory.mktemp("experiments") / "project", corpus)
     yield folder
     stop_workers(folder)
 
 
 @pytest.fixture(scope="module")
-def grid(project: Path) -> dict[str, Any]:
-    """Three queued experiments, two at a time, on a store that is not there; by name, what the queue was asked for.
+def grid(project: Path) -> dict[str, tuple[str, float]]:
+    """Three queued experiments, run two at a time; the first two create the store.
 
-    Also what of the main workspace was there before and after, and the ports that each torchrun listened on.
+    Returns:
+        By name of the experiment, the key of `train` that it changes, and the value.
+
     """
-    before = own_files(project)
-    queued: dict[str, dict[str, float]] = {}
-    for asked, key, values in (
-        ("train.learning_rate=choice(0.01,0.02)", "learning_rate", (0.01, 0.02)),
-        ("train.warmup_steps=range(3,5)", "warmup_steps", (3, 4)),
+    before = workspace_files(project)
+    changes: dict[str, tuple[str, float]] = {}
+    for key, grid_values, values in (
+        ("learning_rate", "choice(0.01,0.02)", (0.01, 0.02)),
+        ("warmup_steps", "range(3,5)", (3, 4)),
     ):
-        names = re.findall("Queued experiment '(.+?)'", dvc(project, "exp", "run", "--queue", "-S", asked).stdout)
-        queued |= {name: {key: value} for name, value in zip(names, values, strict=True)}
-    dvc(project, "queue", "remove", queued.popitem()[0])  # three are enough
-    ports = work_off(project, set(queued), jobs=2)
-    return {"asked": queued, "before": before, "after": own_files(project), "ports": ports}
+        output = dvc(project, "exp", "run", "--queue", "-S", f"train.{key}={grid_values}").stdout
+        names = re.findall("Queued experiment '(.+?)'", output)
+        changes |= {name: (key, value) for name, value in zip(names, values, strict=True)}
+    dvc(project, "queue", "remove", changes.popitem()[0])  # three are enough
+    run_queue(project, set(changes), jobs=2)
+    assert workspace_files(project) == before, "the queue changed the main workspace"
+    return changes
 
 
 @pytest.mark.proof
-def test_every_queued_experiment_is_one_whole_row_of_its_name(project: Path, grid: dict[str, Any]) -> None:
-    by_name = {row.info.run_name: row for row in rows(project)}
-    assert len(by_name) == len(rows(project)) == 3
-    assert set(by_name) == set(grid["asked"]) == experiments(project)
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    for name, (asked,) in ((name, asked.items()) for name, asked in grid["asked"].items()):
-        row = by_name[name]
-        assert row.info.status == "FINISHED"
-        assert row.data.tags["dvc.exp_name"] == name
-        assert json.loads(row.data.params[f"train.{asked[0]}"]) == asked[1]
-        assert [point.step for point in client.get_metric_history(row.info.run_id, "train_loss")] == [10, 20, 30, 40]
-        assert row.info.artifact_uri.startswith((project / "mlruns").as_uri())
-        assert {"chargpt_nano.pt", "evaluate.json", "generation_out.txt"} <= set(artifacts(client, row.info.run_id))
+def test_every_queued_experiment_has_one_complete_run(project: Path, grid: dict[str, tuple[str, float]]) -> None:
+    by_name = {found.info.run_name: found for found in runs(project)}
+    assert len(by_name) == len(runs(project)) == 3
+    assert set(by_name) == set(grid) == set(experiment_refs(project))
+    for name, (key, value) in grid.items():
+        found = by_name[name]
+        assert found.info.status == "FINISHED"
+        assert found.data.tags["dvc.exp_name"] == name
+        assert json.loads(found.data.params[f"train.{key}"]) == value
+        assert logged_steps(project, found.info.run_id) == [10, 20, 30, 40]
+        assert found.info.artifact_uri.startswith((project / "mlruns").as_uri())
+        assert {"chargpt_nano.pt", "evaluate.json", "generation_out.txt"} <= set(artifacts(project, found.info.run_id))
 
 
 @pytest.mark.proof
-def test_parallel_first_starts_leave_one_sound_store_and_share_no_port(project: Path, grid: dict[str, Any]) -> None:
+def test_parallel_experiments_create_one_intact_store(project: Path, grid: dict[str, tuple[str, float]]) -> None:
     assert list(project.rglob("mlflow.db")) == [project / "mlflow.db"]
-    with closing(sqlite3.connect(project / "mlflow.db")) as store:
-        assert store.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert store.execute("SELECT name FROM experiments ORDER BY name").fetchall() == [("Default",), ("chargpt",)]
-    moments = [ports for ports in grid["ports"] if len(ports) > 1]
-    assert moments, "no two trainings at once: nothing is shown"
-    for ports in moments:
-        assert len(set.union(*ports)) == sum(map(len, ports)), ports
+    with closing(sqlite3.connect(project / "mlflow.db")) as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert {found.name for found in store(project).search_experiments()} == {"Default", "chargpt"}
 
 
 @pytest.mark.proof
-def test_the_queue_leaves_the_main_workspace_as_it_is(grid: dict[str, Any]) -> None:
-    assert grid["after"] == grid["before"]
-
-
-@pytest.mark.proof
-def test_comparisons_are_there(project: Path, grid: dict[str, Any]) -> None:
-    one, other = [name for name, asked in grid["asked"].items() if "learning_rate" in asked]
-    table = dvc(project, "exp", "show", "--csv", "--only-changed").stdout.splitlines()
-    assert "train.learning_rate" in table[0]
-    assert "train.weight_decay" not in table[0]
-    found = json.loads(dvc(project, "exp", "show", "--json").stdout)
-    shown = {entry["name"] for revision in found for entry in revision["experiments"] or ()}
-    assert shown == set(grid["asked"])
-    lines = dvc(project, "params", "diff", one, other).stdout.splitlines()
-    assert [line.split() for line in lines[1:]] == [["params.yaml", "train.learning_rate", "0.01", "0.02"]]
-    figures = dvc(project, "metrics", "diff", one, other).stdout
-    assert re.search(r"metrics/evaluate.json +bits_per_char +\d\.\d+ +\d\.\d+ +-?\d\.\d+", figures)
+def test_dvc_compares_the_experiments(project: Path, grid: dict[str, tuple[str, float]]) -> None:
+    one, other = [name for name, (key, _) in grid.items() if key == "learning_rate"]
+    header = dvc(project, "exp", "show", "--csv", "--only-changed").stdout.splitlines()[0]
+    assert "train.learning_rate" in header
+    assert "train.weight_decay" not in header
+    revisions = json.loads(dvc(project, "exp", "show", "--json").stdout)
+    assert {entry["name"] for found in revisions for entry in found["experiments"] or ()} == set(grid)
+    changed = json.loads(dvc(project, "params", "diff", "--json", one, other).stdout)
+    assert changed["params.yaml"] == {"train.learning_rate": {"old": 0.01, "new": 0.02, "diff": 0.01}}
+    changed = json.loads(dvc(project, "metrics", "diff", "--json", one, other).stdout)
+    assert {"old", "new", "diff"} <= set(changed["metrics/evaluate.json"]["bits_per_char"])
     dvc(project, "plots", "diff", one, other)
     page = (project / "dvc_plots" / "index.html").read_text()
-    for title in plot_titles():
-        assert page.count(title) == 1
+    for entry in read_yaml(ROOT / "dvc.yaml")["plots"]:
+        assert all(page.count(plot["title"]) == 1 for plot in entry.values())
     for name in (one, other):
         assert f'"rev": "{name}"' in page
-    status = subprocess.run(["git", "status", "--short"], cwd=project, text=True, capture_output=True, check=True)
-    assert status.stdout == ""
+    assert run(["git", "status", "--short"], project).stdout == ""
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("where", ["temp", "queue"])
-def test_an_experiment_killed_elsewhere_continues_to_the_same_bytes(
+def test_a_killed_experiment_continues_to_the_same_bytes(
     project: Path, where: str, tokens: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL to everything in the middle of training; then the same experiment again."""
-    steps, before, name = {"temp": 160, "queue": 161}[where], own_files(project), f"killed-{where}"
-    asked = ("--name", name, "-S", f"train.max_steps={steps}")
-    run = partial(dvc, project, "exp", "run", f"--{where}")
+    """SIGKILL to every process during training, then the same experiment again."""
+    steps, before, name = {"temp": 160, "queue": 161}[where], workspace_files(project), f"killed-{where}"
+    options = ("--name", name, "-S", f"train.max_steps={steps}")
+    run_experiment = partial(dvc, project, "exp", "run", f"--{where}", *options)
     if where == "queue":
-        run(*asked)
-    started = start(project, *(["queue", "start"] if where == "queue" else ["exp", "run", "--temp", *asked]))
-    wait_for(lambda: states(project))
+        run_experiment()
+        started = start(project, "queue", "start")
+    else:
+        started = start(project, "exp", "run", "--temp", *options)
+    wait_for(lambda: resume_states(project), QUEUE_S)
     kill(processes_in(project))
     started.wait()
-    assert states(project)
-    continued = log_of(project).count("continuing after step")
+    assert resume_states(project)
+    resumes = resumes_in_log(project)
     if where == "queue":
-        dvc(project, "queue", "kill", name)  # until it is told, dvc takes it for running
-    run(*asked)
+        dvc(project, "queue", "kill", name)  # dvc takes the experiment for running until then
+    run_experiment()
     if where == "queue":
-        work_off(project, {name}, jobs=1)
-    assert log_of(project).count("continuing after step") == continued + 1
-    assert trained(project, name) == undisturbed(project, tokens, tmp_path, steps)
-    (row,) = [row for row in rows(project) if row.info.run_name == name]
-    assert row.info.status == "FINISHED"
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    points = client.get_metric_history(row.info.run_id, "train_loss")
-    assert sorted(point.step for point in points) == sorted({*range(10, steps, 10), steps})
-    assert own_files(project) == before
-    assert not states(project)
+        run_queue(project, {name}, jobs=1)
+    assert resumes_in_log(project) == resumes + 1
+    assert recorded_outputs(project, name) == train_undisturbed(project, tokens, tmp_path, steps)
+    (found,) = [found for found in runs(project) if found.info.run_name == name]
+    assert found.info.status == "FINISHED"
+    assert sorted(logged_steps(project, found.info.run_id)) == sorted({*range(10, steps, 10), steps})
+    assert workspace_files(project) == before
+    assert not resume_states(project)
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A clone, run once; its text came from a server on this machine that is gone now."""
+    """A clone in which the pipeline has run; its text came from a local server that has stopped."""
     folder = tmp_path_factory.mktemp("workspace")
     shutil.copy(corpus, folder / "text.txt")
     handler = partial(QuietHandler, directory=folder)
@@ -190,182 +178,145 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def no_network() -> Iterator[list[str]]:
-    """The beginning of a command line whose rest sees no network but its own loopback; needs root, as CI has."""
+    """The prefix of a command that then has no network but the loopback interface; needs root, as in CI."""
     if os.geteuid():
-        pytest.skip("only root may make network namespaces")
-    name = f"chargpt-alone-{os.getpid()}"
+        pytest.skip("network namespaces need root")
+    name = f"chargpt-offline-{os.getpid()}"
     netns.create(name)
-    with NetNS(name) as alone:
-        alone.link("set", index=alone.link_lookup(ifname="lo")[0], state="up")
+    with NetNS(name) as namespace:
+        namespace.link("set", index=namespace.link_lookup(ifname="lo")[0], state="up")
     yield ["nsenter", f"--net=/var/run/netns/{name}"]
     netns.remove(name)
 
 
 @pytest.mark.proof
-def test_without_a_network_all_that_is_cached_comes_back_and_new_params_train(
+def test_without_a_network_cached_outputs_are_restored_and_new_params_train(
     workspace: Path, no_network: list[str]
 ) -> None:
-    def run(*words: str) -> str:
-        line = [*no_network, *command(*words)]
-        done = subprocess.run(line, cwd=workspace, env=variables(), text=True, capture_output=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def repro(*stages: str) -> str:
+        return run([*no_network, *command("repro", *stages)], workspace, env=dvc_environment()).stdout
 
-    before = contents(workspace)
+    before = contents(workspace, OUTPUTS)
     for name in ("data/shakespeare.txt", "chargpt_nano.pt", "generation_out.txt", "plots/history.csv"):
         (workspace / name).unlink()
     shutil.rmtree(workspace / "data" / "tokens")
-    assert "Running stage" not in run("repro")
-    assert contents(workspace) == before
+    assert "Running stage" not in repro()
+    assert contents(workspace, OUTPUTS) == before
     set_params(workspace, train={"max_steps": 50})
-    assert "Running stage 'train'" in run("repro", "train")
-    assert {row.data.params["train.max_steps"] for row in rows(workspace)} == {"40", "50"}
+    assert "Running stage 'train'" in repro("train")
+    assert {found.data.params["train.max_steps"] for found in runs(workspace)} == {"40", "50"}
 
 
 @pytest.mark.proof
-def test_a_second_repro_says_who_is_there_first(workspace: Path, tmp_path: Path) -> None:
-    """Beside a running one dvc refuses; where dvc is dead and its children hang, the new training waits for them."""
+def test_a_second_repro_names_the_process_that_holds_the_lock(workspace: Path) -> None:
+    """dvc names the running dvc; if dvc was killed and training hangs, the next training waits for it."""
     set_params(workspace, train={"max_steps": 170})
     started = start(workspace, "repro", "train")
     first = psutil.Process(started.pid)
-    wait_for(lambda: states(workspace))
-    refused = subprocess.run(
-        command("repro", "train"), cwd=workspace, env=variables(), text=True, capture_output=True, check=False
-    )
+    wait_for(lambda: resume_states(workspace), QUEUE_S)
+    refused = dvc(workspace, "repro", "train", code=None)
     assert refused.returncode != 0
-    assert f"(PID {first.pid}): " in refused.stderr
-    assert "dvc repro train" in refused.stderr
-    assert f"stage train of PID {first.pid}, on {socket.gethostname()} since " in refused.stderr
-    named = subprocess.run(
-        [sys.executable, "-m", "stages.mend"], cwd=workspace, text=True, capture_output=True, check=True
-    )
-    assert (
-        f"dvc repro train, PID {first.pid} on {socket.gethostname()} since " in named.stdout
-    )  # by `make repro` before it
-    (wrapper,) = first.children()
-    tree = wrapper.children(recursive=True)
-    for process in tree:
+    assert f"PID {first.pid}" in refused.stderr
+    tree = first.children(recursive=True)
+    for process in tree[1:]:
         process.suspend()
     kill([first])
     started.wait()
-    said(workspace).unlink()
+    output_file(workspace).unlink()
     second = start(workspace, "repro", "train")
-    waiting = re.compile(r"waiting: this very run is already under way, PID (\d+) on (\S+) since [-\d]+ [:\d]+")
-    found = wait_for(lambda: waiting.findall(said(workspace).read_text()))[0]
-    assert int(found[0]) in {process.pid for process in tree}
-    assert found[1] == socket.gethostname()
-    for process in tree:
-        process.resume()  # they find their order to end, which came with dvc's death
-    assert second.wait(QUEUE_S) == 0, said(workspace).read_text()
-    assert "continuing after step" in said(workspace).read_text()
-    assert not [process for process in (wrapper, *tree) if process.is_running()]
+    waiting = re.compile(rf"PID (\d+) on {re.escape(socket.gethostname())}")
+    holder = wait_for(lambda: waiting.findall(output_file(workspace).read_text()))[0]
+    assert int(holder) in {process.pid for process in tree[1:]}
+    for process in tree[1:]:
+        process.resume()  # the signal sent to them when dvc died is pending
+    assert second.wait(QUEUE_S) == 0, output_file(workspace).read_text()
+    assert "continuing after step" in output_file(workspace).read_text()
+    assert not [process for process in tree if process.is_running()]
 
 
 @pytest.mark.proof
-def test_ctrl_c_is_passed_on_by_dvc_and_the_row_goes_on(workspace: Path) -> None:
-    """As a terminal sends it: to dvc and everything below it."""
+def test_an_interrupted_repro_continues_in_the_same_run(workspace: Path) -> None:
+    """Ctrl-C reaches dvc and all its children at once."""
     set_params(workspace, train={"max_steps": 180})
+    output_file(workspace).unlink(missing_ok=True)
     running = start(workspace, "repro", "train")
-    wait_for(lambda: states(workspace))
+    wait_for(lambda: resume_states(workspace), QUEUE_S)
     os.killpg(running.pid, signal.SIGINT)
     assert running.wait(QUEUE_S) != 0
-    words = said(workspace).read_text()
-    assert re.search(r"^gpt train: stopped after step \d+ of 180; run again to continue$", words, re.MULTILINE)
-    assert "exited with 75" in words
-    assert "Traceback" not in words
-    assert [row.info.status for row in rows(workspace) if row.data.params["train.max_steps"] == "180"] == ["KILLED"]
+    output = output_file(workspace).read_text()
+    assert re.search(r"^gpt train: .*after step \d+ of 180", output, re.MULTILINE)
+    assert "exited with 75" in output
+    assert "Traceback" not in output
+    (interrupted,) = runs_of(workspace, max_steps=180)
+    assert interrupted.info.status == "KILLED"
     assert "continuing after step" in dvc(workspace, "repro", "train").stdout
-    assert [row.info.status for row in rows(workspace) if row.data.params["train.max_steps"] == "180"] == ["FINISHED"]
+    (continued,) = runs_of(workspace, max_steps=180)
+    assert (continued.info.run_id, continued.info.status) == (interrupted.info.run_id, "FINISHED")
 
 
 @pytest.mark.proof
-def test_params_edited_while_training_are_not_what_dvc_files_the_model_under(workspace: Path) -> None:
+def test_params_edited_during_training_are_not_recorded_with_its_model(workspace: Path) -> None:
     set_params(workspace, train={"max_steps": 120})
     running = start(workspace, "repro", "train")
-    wait_for(lambda: states(workspace))
+    wait_for(lambda: resume_states(workspace), QUEUE_S)
     set_params(workspace, train={"max_steps": 30})
     assert running.wait(QUEUE_S) != 0
-    assert "stages.train: train.max_steps: edited while this ran" in said(workspace).read_text()
-    row = max(rows(workspace), key=lambda row: row.info.start_time)
-    assert (row.info.status, row.data.params["train.max_steps"]) == ("FINISHED", "120")  # nothing is lost
+    assert re.search(r"^stages\.train: .*train\.max_steps", output_file(workspace).read_text(), re.MULTILINE)
+    (trained,) = runs_of(workspace, max_steps=120)
+    assert trained.info.status == "FINISHED"  # the results of the training are kept
     assert "Running stage 'train'" in dvc(workspace, "repro", "train").stdout
     assert json.loads((workspace / "metrics" / "train.json").read_text())["best_step"] <= 30
 
 
-def test_what_is_edited_while_a_stage_runs_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write_params(tmp_path / "params.yaml")
-    monkeypatch.setenv("DVC_STAGE", "generate")
-
-    def edit(**changes: object) -> int:
-        write_params(path, **changes)
-        return 0
-
-    line = ["--params", str(path)]
-    assert refusing("generate", lambda _: edit(generate__seed=2, train__seed=2))(line) == 2
-    assert "stages.generate: generate.seed: edited while this ran" in capsys.readouterr().err
-    assert refusing("generate", lambda _: edit(generate__seed=2, train__seed=3))(line) == 0
-    monkeypatch.delenv("DVC_STAGE")
-    assert refusing("generate", lambda _: edit(generate__seed=4))(line) == 0
-    assert not capsys.readouterr().err
-
-
-def test_dvc_changes_the_lines_that_are_named_and_no_other(tmp_path: Path) -> None:
-    """`dvc exp run -S` writes params.yaml anew: the files are laid out as it lays them out."""
-    for path in PRESETS:
+def test_exp_run_rewrites_only_the_line_of_the_changed_parameter(tmp_path: Path) -> None:
+    """`dvc exp run -S` writes params.yaml anew, so the files have the layout that it writes."""
+    for path in PARAMS_FILES:
         shutil.copy(path, tmp_path)
-    script = (
+    code = (
         "import sys; from dvc.utils.hydra import apply_overrides as a; [a(f, ['train.seed=7']) for f in sys.argv[1:]]"
     )
-    line = [sys.executable, "-c", script, *(str(tmp_path / path.name) for path in PRESETS)]
-    subprocess.run(line, env=environment(), check=True)
-    for path in PRESETS:
+    run([sys.executable, "-c", code, *(path.name for path in PARAMS_FILES)], tmp_path)
+    for path in PARAMS_FILES:
         old, new = path.read_text().splitlines(), (tmp_path / path.name).read_text().splitlines()
-        assert len(old) == len(new)
         (changed,) = [line for line, before in zip(new, old, strict=True) if line != before]
         assert changed.startswith("  seed: 7")
 
 
-def own_files(project: Path) -> dict[str, str]:
-    """All files of the main workspace and their MD5, except for what belongs to git, dvc, MLflow and the log."""
+def runs_of(project: Path, max_steps: int) -> list[Run]:
+    """The MLflow runs that were trained for so many steps."""
+    return [found for found in runs(project) if found.data.params["train.max_steps"] == str(max_steps)]
+
+
+def workspace_files(project: Path) -> dict[str, str]:
+    """The MD5 of every file of the main workspace, except for those of git, DVC, MLflow and the log."""
+    excluded = {".git", ".dvc", ".runs", "mlruns", "dvc_plots", "gpt_nano.log"}
+    paths = [path.relative_to(project) for path in project.rglob("*") if path.is_file()]
     return {
-        str(path.relative_to(project)): hashlib.md5(path.read_bytes()).hexdigest()
-        for path in project.rglob("*")
-        if path.is_file()
-        and path.relative_to(project).parts[0] not in (".git", ".dvc", ".runs", "mlruns", "dvc_plots", "gpt_nano.log")
-        and not path.name.startswith("mlflow.db")
+        str(path): hashlib.md5((project / path).read_bytes()).hexdigest()
+        for path in paths
+        if path.parts[0] not in excluded and not path.name.startswith("mlflow.db")
     }
 
 
-def log_of(project: Path) -> str:
+def resumes_in_log(project: Path) -> int:
+    """How often training has continued from a resume state."""
     path = project / "gpt_nano.log"
-    return path.read_text() if path.exists() else ""
+    return path.read_text().count("continuing after step") if path.exists() else 0
 
 
-def trained(project: Path, name: str) -> dict[str, str]:
-    """What dvc.lock says of the files that training wrote in an experiment: their MD5."""
-    words = ["git", "show", f"{references(project)[name]}:dvc.lock"]
-    lock = subprocess.run(words, cwd=project, text=True, capture_output=True, check=True).stdout
-    outputs = YAML(typ="safe", pure=True).load(lock)["stages"]["train"]["outs"]
-    return {output["path"]: output["md5"] for output in outputs}
+def recorded_outputs(project: Path, name: str) -> dict[str, str]:
+    """The MD5 that dvc.lock of an experiment records for each output of training."""
+    lock = run(["git", "show", f"{experiment_refs(project)[name]}:dvc.lock"], project).stdout
+    (project.parent / "dvc.lock").write_text(lock)
+    return {
+        output["path"]: output["md5"] for output in read_yaml(project.parent / "dvc.lock")["stages"]["train"]["outs"]
+    }
 
 
-def undisturbed(project: Path, tokens: Path, folder: Path, steps: int) -> dict[str, str]:
-    """The MD5 of the same files, trained at one go by one process, without dvc."""
-    names = dict(zip(("--checkpoint", "--history", "--validation", "--metrics"), TRAINED, strict=True))
-    options = [word for name, path in names.items() for word in (name, path)]
+def train_undisturbed(project: Path, tokens: Path, folder: Path, steps: int) -> dict[str, str]:
+    """The MD5 of the same files after an uninterrupted training with one process and without dvc."""
+    options = zip(("--checkpoint", "--history", "--validation", "--metrics"), TRAINED, strict=True)
     line = [sys.executable, "-m", "gpt", "train", "--params", str(project / "params.yaml"), "--tokens", str(tokens)]
-    subprocess.run(
-        [*line, *options, "-S", f"train.max_steps={steps}"],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        check=True,
-    )
+    line += [word for option in options for word in option]
+    run([*line, "-S", f"train.max_steps={steps}"], folder)
     return {path: hashlib.md5((folder / path).read_bytes()).hexdigest() for path in TRAINED}
-
-
-def plot_titles() -> list[str]:
-    plots = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["plots"]
-    return [plot["title"] for entry in plots for plot in entry.values()]

@@ -1,10 +1,11 @@
-"""What all tests share: made-up texts, small params, and the environment of a user's shell."""
+"""Helpers of all tests: synthetic texts, small params, and programs run in the environment of a user's shell."""
 
 import os
 import random
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,14 +21,19 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "w
 
 
 def made_up_text(words: int = 4000, seed: int = 0) -> str:
-    """Lines of English words in random order: something a tiny model can learn the spelling of."""
-    chance = random.Random(seed)
-    return "".join(chance.choice(WORDS) + ("\n" if chance.random() < 0.1 else " ") for _ in range(words))
+    """Lines of English words in random order; a tiny model can learn their spelling."""
+    rng = random.Random(seed)
+    return "".join(rng.choice(WORDS) + ("\n" if rng.random() < 0.1 else " ") for _ in range(words))
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file as plain values."""
+    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
 
 
 def small_params(**changes: Any) -> dict[str, Any]:
-    """The sections of the smoke preset as plain values; `changes` are given as section__key=value."""
-    params: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "presets" / "smoke.yaml").read_text())
+    """The sections of the smoke preset as plain values, with changes given as section__key=value."""
+    params: dict[str, Any] = read_yaml(ROOT / "presets" / "smoke.yaml")
     for target, value in changes.items():
         section, key = target.split("__")
         params[section][key] = value
@@ -59,9 +65,9 @@ def write_params(path: Path, **changes: Any) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment, with the project importable and its tools on PATH.
+    """This process's environment, with the project importable and the tools of the virtual environment on PATH.
 
-    And without SHELL, as under cron or in a container: what dvc runs commands with then is left between the two.
+    SHELL is unset, as under cron or in a container: dvc then runs commands with /bin/sh, which stays their parent.
     """
     tools = str(Path(sys.executable).parent)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
@@ -69,23 +75,34 @@ def environment(**changes: str) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": str(ROOT), "PATH": path, "NO_COLOR": "1", **changes}
 
 
+def run(
+    command: Sequence[str | Path], folder: Path, *, code: int | None = 0, env: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run a program in a folder and check its exit code; None accepts every code."""
+    done = subprocess.run(
+        command, cwd=folder, env=env or environment(), text=True, capture_output=True, check=False, timeout=600
+    )
+    assert code in (None, done.returncode), f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
 def only_line(stderr: str) -> str:
-    """The one line that a person's mistake leaves on stderr."""
+    """The single line on stderr that reports a user error."""
     lines = stderr.strip().splitlines()
     assert len(lines) == 1, stderr
     assert "Traceback" not in stderr
     return lines[0]
 
 
-def wait_for(what: Callable[[], T], seconds: float = 60, pause: float = 0.05) -> T:
-    """The first result that is not empty."""
+def wait_for(condition: Callable[[], T], seconds: float = 60, pause: float = 0.05) -> T:
+    """Poll until the condition returns a true value, and return it."""
     deadline = time.monotonic() + seconds
-    while not (found := what()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"timed out after {seconds} s"
         time.sleep(pause)
-    return found
+    return value
 
 
 def contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """The bytes of some files; nothing for one that is missing."""
+    """The bytes of some files in a folder; empty for a missing file."""
     return {name: path.read_bytes() if (path := folder / name).exists() else b"" for name in names}

@@ -1,10 +1,9 @@
-"""`python -m tests.support.killed_dvc MOMENT LOG WORDS…`: dvc that kills itself before it changes a file.
+"""`python -m tests.support.killed_dvc PATTERN ARGUMENTS…`: dvc that kills itself at a file operation.
 
-MOMENT is the number of a file operation, the first is 0, or a regular expression that is found in the operation's line
-in LOG. With a `+` before it, dvc dies when it has emptied the file that it was about to write.
+PATTERN is a regular expression, searched for in the name of the audit event and its path. A file that is about to be
+written is truncated first, as when the kill falls between opening and writing.
 """
 
-import contextlib
 import os
 import re
 import signal
@@ -12,39 +11,23 @@ import sys
 
 from dvc.cli import main
 
-from stages.mend import before_dvc
-
 WRITING = os.O_WRONLY | os.O_RDWR
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 
 
-def watch(moment: str, log: str) -> None:
-    """Write every operation down, and die at one."""
-    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    seen, dies = -1, False
+def kill_at(pattern: str) -> None:
+    """Send SIGKILL to this process at the first operation that matches."""
 
-    def look(event: str, details: tuple[object, ...]) -> None:
-        nonlocal seen, dies
-        writes = event == "open" and isinstance(details[2], int) and bool(WRITING & details[2])
-        path = str(details[0]) if details else ""
-        if dies or not (writes or event in CHANGES) or not path.startswith("/") or path.startswith(("/dev", "/proc")):
+    def hook(event: str, details: tuple[object, ...]) -> None:
+        reads = event == "open" and not (isinstance(details[2], int) and details[2] & WRITING)
+        if reads or not details or not re.search(pattern, f"{event} {details[0]}"):
             return
-        seen += 1
-        line = f"{seen} {event} {path}"
-        os.write(file, f"{line}\n".encode())
-        wanted = moment.removeprefix("+")
-        if seen == int(wanted) if wanted.isdigit() else re.search(wanted, line):
-            dies = True
-            if moment.startswith("+") and writes:
-                with contextlib.suppress(OSError):  # as it would have failed itself
-                    os.open(path, int(str(details[2])), 0o666)
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "open":
+            os.truncate(str(details[0]), 0)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(look)
+    sys.addaudithook(hook)
 
 
 if __name__ == "__main__":
-    before_dvc()  # as every dvc does
-    moment, log, *words = sys.argv[1:]
-    watch(moment, log)
-    sys.exit(main(words))
+    kill_at(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))

@@ -156,9 +156,8 @@ class Trainer:
             sums = [float(losses.sum()) for losses in token_losses(self.model, batches, self.group.device)]
         rounds = math.ceil(len(self._val_batches) / self.group.size)
         by_rank = self.group.all_gather(sums + [0.0] * (rounds - len(sums)))
-        loss: float = sum(chain.from_iterable(zip(*by_rank, strict=True))) / len(
-            self.data.val
-        )  # in the order of the batches
+        total: float = sum(chain.from_iterable(zip(*by_rank, strict=True)))  # in the order of the batches
+        loss = total / len(self.data.val)
         if self.progress.best_loss is None or loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = self.progress.step, loss
             self.best = _copy(self.average.weights if self.average else self.model.state_dict())

@@ -37,9 +37,6 @@ class Heartbeat:
         """Count a collective operation, and turn its failure into an error that names the ranks that are missing.
 
         Torch raises a plain RuntimeError for a lost peer, so the block must contain nothing but the operation.
-
-        Raises:
-            LostRankError: the operation raised a RuntimeError, and there are other ranks.
         """
         self._count += 1
         try:

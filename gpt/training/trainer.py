@@ -103,15 +103,14 @@ class Trainer:
             rate, grad_norm, stop = self.train_step(should_stop())
             step = progress.step
             last = step == params.max_steps
-            tokens = (step - started_after) * params.batch_size * self.model.params.block_size
-            tokens_per_second = tokens / (time.monotonic() - started)
+            steps_per_second = (step - started_after) / (time.monotonic() - started)
             val_loss = self.evaluate() if last or step % params.eval_interval == 0 else None
             if val_loss is not None or step % params.log_interval == 0:
                 train_loss = sum(progress.losses_since_record) / len(progress.losses_since_record)
                 progress.losses_since_record.clear()
                 if self.group.is_main:
-                    now = round(time.time(), 3)
-                    record = Record(step, train_loss, val_loss, rate, grad_norm, now, tokens_per_second)
+                    speed = steps_per_second * params.batch_size * self.model.params.block_size
+                    record = Record(step, train_loss, val_loss, rate, grad_norm, round(time.time(), 3), speed)
                     folder.history.append(record)
                     on_record(record)
                 started, started_after = time.monotonic(), step

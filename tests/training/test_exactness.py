@@ -432,7 +432,7 @@ def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path, tokens: Path) -> No
     """A real small file system, where this user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk]
+    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
     mount = subprocess.run(command, capture_output=True, text=True, check=False)
     if mount.returncode:
         pytest.skip(f"this user may not mount a file system: {mount.stderr.strip()}")

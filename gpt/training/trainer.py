@@ -207,8 +207,7 @@ class Trainer:
         return next_token_loss(logits_BTV, targets_BT.to(device))
 
     def _precision(self) -> AbstractContextManager[None]:
-        mixed = self.params.precision == "bfloat16"
-        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=mixed)
+        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.params.precision == "bfloat16")
 
     def _windows_of_shard(self, shard: int) -> Batch:
         params, block_size = self.params, self.model.params.block_size

@@ -110,7 +110,7 @@ def test_negative_control_without_one_ingredient_the_bytes_differ(
     assert run(data, folder) != expected
 
 
-def test_a_damaged_state_is_reported_and_the_previous_one_used(
+def test_a_damaged_state_is_reported_and_skipped_as_is_one_of_other_digests(
     data: TokenData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = run(data, RunFolder(tmp_path / "uninterrupted"))
@@ -123,11 +123,6 @@ def test_a_damaged_state_is_reported_and_the_previous_one_used(
     states[-1].write_bytes(content)
     assert run(data, folder) == expected
     assert "resume-000000008.pt" in capsys.readouterr().out
-
-
-def test_a_state_of_other_digests_is_skipped(data: TokenData, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    run(data, folder, stop_after=5)
     assert folder.newest({}, print)
     assert folder.newest({"code": "other"}, print) is None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+from torch import OutOfMemoryError
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from gpt.core.errors import OneLineError
@@ -42,7 +43,7 @@ class Heartbeat:
         try:
             yield
         except RuntimeError as error:
-            if self._size == 1:
+            if self._size == 1 or isinstance(error, OutOfMemoryError):
                 raise
             raise LostRankError(
                 f"{self._ranks_behind()} died, or did not answer within {self._timeout_s} s; run again to continue"

@@ -120,10 +120,7 @@ class Trainer:
                 raise StoppedError(f"stopped after step {step:,} of {params.max_steps:,}; run again to continue")
 
     def train_step(self, stop: bool = False) -> tuple[float, float, bool]:
-        """Make one step.
-
-        Args:
-            stop: whether this rank wants to stop after the step.
+        """Make one step; `stop` is whether this rank wants to stop after it.
 
         Returns:
             The learning rate, the norm of the gradient before clipping, and whether any rank wants to stop.
@@ -146,10 +143,7 @@ class Trainer:
         return rate, norm, stop
 
     def evaluate(self) -> float:
-        """Return the loss on the whole validation split, in nats per token, and keep the weights if they are the best.
-
-        The weights are the average's if there is one. The ranks take turns with the batches.
-        """
+        """Return the loss of the (averaged) weights on the validation split; keep the weights if it is the best."""
         batches = self._val_batches[self.group.rank :: self.group.size]
         with self.average.in_use() if self.average else nullcontext(), self._precision():
             sums = [float(losses.sum()) for losses in token_losses(self.model, batches, self.group.device)]

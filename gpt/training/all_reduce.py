@@ -141,20 +141,16 @@ def _attach_memory(store: Store, key: str, timeout_s: float) -> tuple[socket.soc
 
 def connect_peers(rank: int, size: int, device: torch.device, store: Store, timeout: timedelta) -> list[Peer]:
     """Connect a rank to its peers, in the order of the exchanges."""
-    local = _local_ranks(rank) if device.type == "cpu" and sys.platform == "linux" else range(0)
+    first = rank - int(os.environ.get("LOCAL_RANK", "0"))  # of this machine, as torchrun tells
+    local = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    shared_memory = device.type == "cpu" and sys.platform == "linux"
     peers: list[Peer] = []
     distance = 1
     while distance < size:
         peer = rank ^ distance
-        if peer in local:
+        if shared_memory and peer in local:
             peers.append(SharedMemoryPeer(store, rank, peer, timeout))
         elif peer < size:  # else the number of ranks is no power of two, which `train` refuses after this
             peers.append(NetworkPeer(sorted((rank, peer)), timeout))
         distance *= 2
     return peers
-
-
-def _local_ranks(rank: int) -> range:
-    """The ranks on this machine according to torchrun's variables; without torchrun, this rank only."""
-    first = rank - int(os.environ.get("LOCAL_RANK", "0"))
-    return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -164,6 +164,7 @@ class ShardedModel:
     def __init__(self, model: nn.Module, group: Group, shards: int, *, bucket_mb: float = BUCKET_MB) -> None:
         self._shards = shards
         self._group = group
+        self._steps = 0
         self._pending: list[tuple[int, dict[Tensor, Tensor]]] = []  # (level, gradients): subtrees without a right half
         ids = [group.device.index] if group.device.type == "cuda" else None
         with group.heartbeat.collective():  # DDP compares the shapes and broadcasts rank 0's weights
@@ -185,13 +186,18 @@ class ShardedModel:
         for shard in range(self._group.rank * count, (self._group.rank + 1) * count):
             last = len(losses) == count - 1
             self._ddp.zero_grad(set_to_none=True)  # else a shard's gradient would include the one before
+            reorders = (
+                self._steps == 1 and not losses
+            )  # DDP broadcasts the order of its buckets before this forward pass
             with nullcontext() if last else self._ddp.no_sync():
-                loss = loss_of_shard(self._ddp, shard)
+                with self._group.heartbeat.collective() if reorders else nullcontext():
+                    loss = loss_of_shard(self._ddp, shard)
                 loss.backward()  # type: ignore[no-untyped-call]
             if not last:
                 self._push({weight: weight.grad for weight in self._ddp.parameters() if weight.grad is not None})
             losses.append(loss.detach())
         self._pending.clear()
+        self._steps += 1
         return [float(loss) for loss in losses]
 
     def _push(self, gradients: dict[Tensor, Tensor]) -> None:

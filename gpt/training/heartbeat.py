@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+from torch import OutOfMemoryError
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from gpt.core.errors import OneLineError
@@ -37,15 +38,12 @@ class Heartbeat:
         """Count a collective operation, and turn its failure into an error that names the ranks that are missing.
 
         Torch raises a plain RuntimeError for a lost peer, so the block must contain nothing but the operation.
-
-        Raises:
-            LostRankError: the operation raised a RuntimeError, and there are other ranks.
         """
         self._count += 1
         try:
             yield
         except RuntimeError as error:
-            if self._size == 1:
+            if self._size == 1 or isinstance(error, OutOfMemoryError):
                 raise
             raise LostRankError(
                 f"{self._ranks_behind()} died, or did not answer within {self._timeout_s} s; run again to continue"

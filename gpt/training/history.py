@@ -60,8 +60,9 @@ class History:
         Two, since evaluations are rarer than records, and DVC plots an empty cell as zero.
         """
         table = pd.DataFrame(map(asdict, self.records), columns=[field.name for field in fields(Record)])
-        _write_table(training, table[TRAINING])
-        _write_table(validation, table[VALIDATION].dropna())
+        for path, part in ((training, table[TRAINING]), (validation, table[VALIDATION].dropna())):
+            with atomic_write(path) as file:
+                file.write(part.to_csv(index=False, lineterminator="\n").encode())
 
 
 def read_records(path: Path) -> list[Record]:
@@ -72,8 +73,3 @@ def read_records(path: Path) -> list[Record]:
 
 def _line(record: Record) -> str:
     return json.dumps({key: value for key, value in asdict(record).items() if value is not None}) + "\n"
-
-
-def _write_table(path: Path, table: pd.DataFrame) -> None:
-    with atomic_write(path) as file:
-        file.write(table.to_csv(index=False, lineterminator="\n").encode())

@@ -69,10 +69,7 @@ class Muon(torch.optim.Optimizer):
         for indices, stack in zip(indices_by_shape.values(), stacks, strict=True):
             for index, matrix in zip(indices, stack, strict=True):
                 wide[index] = matrix
-        return [
-            found.T if matrix.shape[0] > matrix.shape[1] else found
-            for matrix, found in zip(matrices, wide, strict=True)
-        ]
+        return [new.T if old.shape[0] > old.shape[1] else new for old, new in zip(matrices, wide, strict=True)]
 
 
 def orthogonalize(matrices_NRC: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The run folder: the lock, the live history and the last two resume states of one training run."""
 
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -69,7 +68,7 @@ class RunFolder:
         return None
 
     def _states(self) -> list[Path]:
-        return sorted(path for path in self.path.glob("resume-*.pt") if re.fullmatch(r"resume-\d{9}\.pt", path.name))
+        return sorted(self.path.glob(f"resume-{'[0-9]' * 9}.pt"))
 
 
 def _describe(owner: Path) -> str:

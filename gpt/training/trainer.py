@@ -103,15 +103,14 @@ class Trainer:
             rate, grad_norm, stop = self.train_step(should_stop())
             step = progress.step
             last = step == params.max_steps
-            tokens = (step - started_after) * params.batch_size * self.model.config.block_size
-            tokens_per_second = tokens / (time.monotonic() - started)
+            steps_per_second = (step - started_after) / (time.monotonic() - started)
             val_loss = self.evaluate() if last or step % params.eval_interval == 0 else None
             if val_loss is not None or step % params.log_interval == 0:
                 train_loss = sum(progress.losses_since_record) / len(progress.losses_since_record)
                 progress.losses_since_record.clear()
                 if self.group.is_main:
-                    now = round(time.time(), 3)
-                    record = Record(step, train_loss, val_loss, rate, grad_norm, now, tokens_per_second)
+                    speed = steps_per_second * params.batch_size * self.model.config.block_size
+                    record = Record(step, train_loss, val_loss, rate, grad_norm, round(time.time(), 3), speed)
                     folder.history.append(record)
                     on_record(record)
                 started, started_after = time.monotonic(), step
@@ -121,10 +120,7 @@ class Trainer:
                 raise StoppedError(f"stopped after step {step:,} of {params.max_steps:,}; run again to continue")
 
     def train_step(self, stop: bool = False) -> tuple[float, float, bool]:
-        """Make one step.
-
-        Args:
-            stop: whether this rank wants to stop after the step.
+        """Make one step; `stop` is whether this rank wants to stop after it.
 
         Returns:
             The learning rate, the norm of the gradient before clipping, and whether any rank wants to stop.
@@ -147,18 +143,14 @@ class Trainer:
         return rate, norm, stop
 
     def evaluate(self) -> float:
-        """Return the loss on the whole validation split, in nats per token, and keep the weights if they are the best.
-
-        The weights are the average's if there is one. The ranks take turns with the batches.
-        """
+        """Return the loss of the (averaged) weights on the validation split; keep the weights if it is the best."""
         batches = self._val_batches[self.group.rank :: self.group.size]
         with self.average.in_use() if self.average else nullcontext(), self._precision():
             sums = [float(losses.sum()) for losses in token_losses(self.model, batches, self.group.device)]
         rounds = math.ceil(len(self._val_batches) / self.group.size)
         by_rank = self.group.all_gather(sums + [0.0] * (rounds - len(sums)))
-        loss: float = sum(chain.from_iterable(zip(*by_rank, strict=True))) / len(
-            self.data.val
-        )  # in the order of the batches
+        total: float = sum(chain.from_iterable(zip(*by_rank, strict=True)))  # in the order of the batches
+        loss = total / len(self.data.val)
         if self.progress.best_loss is None or loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = self.progress.step, loss
             self.best = _copy(self.average.weights if self.average else self.model.state_dict())
@@ -209,8 +201,7 @@ class Trainer:
         return next_token_loss(logits_BTV, targets_BT.to(device))
 
     def _precision(self) -> AbstractContextManager[None]:
-        mixed = self.params.precision == "bfloat16"
-        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=mixed)
+        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.params.precision == "bfloat16")
 
     def _windows_of_shard(self, shard: int) -> Batch:
         params, block_size = self.params, self.model.config.block_size

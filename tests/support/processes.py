@@ -1,6 +1,6 @@
-"""Commands of `python -m gpt` as processes that start in a tenth of a second, and that can kill themselves on cue.
+"""Commands of `python -m gpt` as forked processes, which start in a tenth of a second and can kill themselves.
 
-They are forked from a process that has imported what they need; importing torch anew takes seconds.
+They are forked from a process that has imported what they need; a fresh import of torch takes seconds.
 """
 
 import contextlib
@@ -15,34 +15,33 @@ from pathlib import Path
 from gpt.__main__ import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
-set_forkserver_preload(
-    ["gpt.commands.train", "torch._dynamo", "tests.support.processes"]
-)  # _dynamo comes with the first optimizer
+set_forkserver_preload(["gpt.commands.train", "torch._dynamo", __name__])  # the first optimizer imports _dynamo
 WRITING = os.O_WRONLY | os.O_RDWR
+OPERATIONS = "operations.txt"  # the file operations of a command, one a line
 
 
 class Running:
-    """A command under way; what it says goes to files beside its outputs."""
+    """A running command; its output goes to files beside its results."""
 
-    def __init__(self, folder: Path, arguments: list[str], variables: dict[str, str], killed_at: int | None) -> None:
-        self._said, self._errors = folder / f"said{variables.get('RANK', '')}.txt", folder / "errors.txt"
-        for path in (self._said, self._errors):
+    def __init__(self, folder: Path, arguments: list[str], variables: dict[str, str], kill_at: int | None) -> None:
+        self._output, self._errors = folder / f"output{variables.get('RANK', '')}.txt", folder / "errors.txt"
+        for path in (self._output, self._errors):
             path.write_text("")
         self._process = CONTEXT.Process(
-            target=_become, args=(folder, arguments, variables, self._said, self._errors, killed_at)
+            target=_run, args=(folder, arguments, variables, self._output, self._errors, kill_at)
         )
         self._process.start()
         self.pid = self._process.pid or 0
 
     def poll(self) -> int | None:
-        """The exit code, negative after a signal; nothing while it runs."""
+        """The exit code, negative after a signal; None while it runs."""
         return self._process.exitcode
 
-    def said(self) -> str:
-        """What it has written on stdout so far."""
-        return self._said.read_text()
+    def output(self) -> str:
+        """Its stdout so far."""
+        return self._output.read_text()
 
-    def end(self, timeout: float = 60) -> tuple[int, str]:
+    def wait(self, timeout: float = 60) -> tuple[int, str]:
         """Wait for its end; returns exit code and stderr."""
         self._process.join(timeout)
         assert self._process.exitcode is not None, "it still runs"
@@ -55,45 +54,47 @@ class Running:
 
 
 def start(
-    folder: Path, arguments: list[str], *, ranks: int = 1, ranks_here: int | None = None, killed_at: int | None = None
+    folder: Path, arguments: list[str], *, ranks: int = 1, local_ranks: int | None = None, kill_at: int | None = None
 ) -> list[Running]:
-    """Start a command in a folder, as several ranks if asked for, each told of the others as torchrun does it.
+    """Start a command in a folder, on several ranks with the variables that torchrun would set.
 
     Args:
-        ranks_here: so many of them are told that they share a machine, the others that they share another.
-        killed_at: it kills itself right before this file operation (the first is 0).
-
+        local_ranks: how many ranks are told that they share a machine; default: all.
+        kill_at: the command kills itself before this file operation, counted from 0.
     """
-    groups: list[dict[str, str]] = [{}]
+    variables: list[dict[str, str]] = [{}]
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        here = ranks_here or ranks
-        everyone = meeting | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(here)}
-        groups = [everyone | {"RANK": str(rank), "LOCAL_RANK": str(rank % here)} for rank in range(ranks)]
-    return [Running(folder, arguments, variables, killed_at) for variables in groups]
+        local = local_ranks or ranks
+        common = {**rendezvous(), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(local)}
+        variables = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank % local)} for rank in range(ranks)]
+    return [Running(folder, arguments, each, kill_at) for each in variables]
 
 
-def _become(
-    folder: Path, arguments: list[str], variables: dict[str, str], said: Path, errors: Path, killed_at: int | None
+def rendezvous() -> dict[str, str]:
+    """Variables with an address and a free port for a process group."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def _run(
+    folder: Path, arguments: list[str], variables: dict[str, str], output: Path, errors: Path, kill_at: int | None
 ) -> None:
     os.environ.update(variables)
     os.chdir(folder)
-    for path, descriptor in ((said, 1), (errors, 2)):
+    for path, descriptor in ((output, 1), (errors, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     sys.argv = ["gpt", *arguments]
-    operations = os.open("operations.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    seen = 0
+    operations = os.open(OPERATIONS, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    count = 0
 
-    def count(event: str, details: tuple[object, ...]) -> None:
-        nonlocal seen
+    def count_writes(event: str, details: tuple[object, ...]) -> None:
+        nonlocal count
         writes = event in ("os.rename", "os.remove") or (event == "open" and WRITING & int(str(details[2])))
         if writes and not str(details[0]).startswith(("/dev", "/proc")):
-            if seen == killed_at:
+            if count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
+            count += 1
             os.write(operations, f"{event} {details[0]}\n".encode())
 
-    sys.addaudithook(count)
+    sys.addaudithook(count_writes)
     main()

@@ -1,4 +1,4 @@
-"""Sums between two ranks: the right bits whoever is faster, and a partner that is gone or silent is named in time."""
+"""All-reduce between ranks: correct sums at any timing, and an error that names a lost peer."""
 
 import random
 import time
@@ -12,100 +12,98 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
-from gpt.training.all_reduce import CHUNK_BYTES, LostPartnerError, MemoryPair
+from gpt.training.all_reduce import CHUNK_BYTES, LostPeerError, SharedMemoryPeer
 
-Pairs = Callable[..., list[MemoryPair]]
+Connect = Callable[..., list[SharedMemoryPeer]]
 Result = TypeVar("Result")
 
 
-def at_once(work: Callable[[int], Result], ranks: int = 2) -> list[Result]:
-    """What each rank does, all at the same time."""
+def on_all_ranks(work: Callable[[int], Result], ranks: int = 2) -> list[Result]:
+    """Run a function for every rank, in parallel; returns the results by rank."""
     with ThreadPoolExecutor(ranks) as threads:
         return list(threads.map(work, range(ranks)))
 
 
 @pytest.fixture
-def two() -> Iterator[Pairs]:
-    """Both ends of one pair, in this process."""
-    made: list[MemoryPair] = []
+def connect() -> Iterator[Connect]:
+    """Connects two ranks in this process; returns both ends."""
+    peers: list[SharedMemoryPeer] = []
 
-    def make(timeout_s: float = 20) -> list[MemoryPair]:
+    def make(timeout_s: float = 20) -> list[SharedMemoryPeer]:
         store = HashStore()
-        made.extend(at_once(lambda rank: MemoryPair(store, rank, 1 - rank, timedelta(seconds=timeout_s))))
-        return made
+        peers.extend(on_all_ranks(lambda rank: SharedMemoryPeer(store, rank, 1 - rank, timedelta(seconds=timeout_s))))
+        return peers
 
     yield make
-    for pair in made:
-        pair.close()
+    for peer in peers:
+        peer.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("surplus", [None, -1, 0, 1])
-def test_both_ends_get_the_bits_of_the_sum(two: Pairs, dtype: torch.dtype, surplus: int | None) -> None:
-    """One number, and just less, as much and more than fits in at once."""
+def test_both_ranks_get_the_sum(connect: Connect, dtype: torch.dtype, surplus: int | None) -> None:
+    """One element, and one less than a chunk, a chunk, and one more."""
     count = 1 if surplus is None else CHUNK_BYTES // dtype.itemsize + surplus
     tensors = [torch.randn(count).mul(50).to(dtype) for _ in range(2)]
     expected = tensors[0] + tensors[1]
-    pairs = two()
-    at_once(lambda rank: pairs[rank].add(tensors[rank]))
+    peers = connect()
+    on_all_ranks(lambda rank: peers[rank].all_reduce(tensors[rank]))
     assert torch.equal(tensors[0], expected)
     assert torch.equal(tensors[1], expected)
 
 
-def test_whoever_is_faster_every_sum_is_right(two: Pairs) -> None:
-    """Now one end waits, now the other, now none: none reads a number too early or overwrites one too early."""
-    pairs = two()
+def test_sums_are_right_at_any_timing(connect: Connect) -> None:
+    """Either rank is late at random: no buffer is read or overwritten too early."""
+    peers = connect()
     rounds = 300
 
     def work(rank: int) -> list[Tensor]:
-        chance = random.Random(rank)
-        found = []
-        for turn in range(rounds):
-            tensor = torch.full((1 + turn % 7 * 1000,), float(turn + 1000 * rank))
-            if chance.random() < 0.1:
-                time.sleep(chance.random() * 0.01)
-            pairs[rank].add(tensor)
-            found.append(tensor)
-        return found
+        random_number = random.Random(rank)
+        sums = []
+        for number in range(rounds):
+            tensor = torch.full((1 + number % 7 * 1000,), float(number + 1000 * rank))
+            if random_number.random() < 0.1:
+                time.sleep(random_number.random() * 0.01)
+            peers[rank].all_reduce(tensor)
+            sums.append(tensor)
+        return sums
 
-    for found in at_once(work):
-        assert [set(tensor.tolist()) for tensor in found] == [{2.0 * turn + 1000} for turn in range(rounds)]
+    for sums in on_all_ranks(work):
+        assert [set(tensor.tolist()) for tensor in sums] == [{2.0 * number + 1000} for number in range(rounds)]
 
 
-def test_four_ranks_add_up_as_a_tree() -> None:
+def test_four_ranks_sum_in_a_binary_tree() -> None:
     store = HashStore()
     tensors = [torch.randn(1000) for _ in range(4)]
     expected = (tensors[0] + tensors[1]) + (tensors[2] + tensors[3])
 
     def work(rank: int) -> None:
-        pairs = [MemoryPair(store, rank, rank ^ distance, timedelta(seconds=20)) for distance in (1, 2)]
-        for pair in pairs:
-            pair.add(tensors[rank])
-        for pair in pairs:
-            pair.close()
+        peers = [SharedMemoryPeer(store, rank, rank ^ distance, timedelta(seconds=20)) for distance in (1, 2)]
+        for peer in peers:
+            peer.all_reduce(tensors[rank])
+        for peer in peers:
+            peer.close()
 
-    at_once(work, 4)
+    on_all_ranks(work, 4)
     for tensor in tensors:
         assert torch.equal(tensor, expected)
 
 
-def test_a_partner_that_is_gone_is_noticed_at_once(two: Pairs) -> None:
-    left, right = two()
+def test_a_closed_peer_is_an_error_without_waiting_for_the_timeout(connect: Connect) -> None:
+    left, right = connect(timeout_s=600)
     right.close()
+    with pytest.raises(LostPeerError, match="rank 1 is lost"):
+        left.all_reduce(torch.zeros(1))
+
+
+def test_a_silent_peer_is_an_error_after_the_timeout(connect: Connect) -> None:
+    left, _right = connect(timeout_s=0.5)
     began = time.monotonic()
-    with pytest.raises(LostPartnerError, match="rank 1 is lost"):
-        left.add(torch.zeros(1))
-    assert time.monotonic() - began < 1
+    with pytest.raises(LostPeerError, match="rank 1 is lost: no answer"):
+        left.all_reduce(torch.zeros(1))
+    assert time.monotonic() - began >= 0.5
 
 
-def test_a_partner_that_is_silent_is_waited_for_until_the_time_is_up(two: Pairs) -> None:
-    left, _right = two(timeout_s=0.5)
-    began = time.monotonic()
-    with pytest.raises(LostPartnerError, match="rank 1 is lost: no word for 0 s"):
-        left.add(torch.zeros(1))
-    assert 0.5 <= time.monotonic() - began < 2
-
-
-def test_a_partner_that_never_comes_is_named() -> None:
-    with pytest.raises(LostPartnerError, match="rank 1 is lost"):
-        MemoryPair(HashStore(), 0, 1, timedelta(seconds=0.2))
+def test_a_peer_that_never_connects_is_an_error() -> None:
+    with pytest.raises(LostPeerError, match="rank 1 is lost"):
+        SharedMemoryPeer(HashStore(), 0, 1, timedelta(seconds=0.2))

@@ -1,4 +1,4 @@
-"""The average of the weights is the textbook's, and it is what is measured and kept."""
+"""The weight average: its values, and that it is evaluated and kept."""
 
 import pytest
 import torch
@@ -12,22 +12,22 @@ from gpt.training.trainer import Trainer
 from tests.support.common import model_params, train_params
 
 
-def test_the_average_by_hand() -> None:
+def test_the_average_equals_hand_computed_values() -> None:
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(10.0)
         average = WeightAverage(model, decay=0.2)
         model.weight.fill_(0.0)
-        average.update(step=1)  # keeps (1 + 1) / (10 + 1) of the 10
+        average.update(step=1)  # decay (1 + 1) / (10 + 1)
         assert float(average.weights["weight"]) == pytest.approx(10 * 2 / 11)
-        average.update(step=5)  # keeps 0.2, the decay, from now on
+        average.update(step=5)  # decay 0.2 from now on
         assert float(average.weights["weight"]) == pytest.approx(10 * 2 / 11 * 0.2)
         with average.in_use():
             assert torch.equal(model.weight, average.weights["weight"])
         assert float(model.weight) == 0.0
 
 
-def test_the_average_is_what_is_measured_and_kept(data: TokenData) -> None:
+def test_the_average_is_evaluated_and_kept(data: TokenData) -> None:
     params = train_params(max_steps=30, eval_interval=30, weight_average=0.9)
     with process_group(torch.device("cpu"), timeout_s=30) as group:
         torch.manual_seed(0)

@@ -1,0 +1,185 @@
+"""A training run as a whole: fine-tuning from an init checkpoint, and the report of overfitting."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from gpt.__main__ import main
+from gpt.core.cli import logging_to
+from gpt.core.errors import StoppedError, UserError
+from gpt.core.params import check_section
+from gpt.data.prepare import tokenize
+from gpt.data.token_files import load_tokens
+from gpt.evaluation.evaluator import EvaluateParams, evaluate
+from gpt.model.checkpoint import load_checkpoint
+from gpt.model.config import ModelConfig
+from gpt.tokenizers.char import CharTokenizer
+from gpt.training.fingerprint import run_key
+from gpt.training.run import Outputs, load_init_checkpoint, train
+from gpt.training.run_folder import RunFolder
+from gpt.training.trainer import TrainParams
+from tests.e2e.test_own_text import STAGES
+from tests.support.common import contents, made_up_text, only_line, small_params, tokenize_params, write_params
+
+STAGE_NAMES = ("download", "tokenize", "train")
+
+
+def run_stage(stage: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Run a stage's command of dvc.yaml in this process; returns its exit code."""
+    words = shlex.split(STAGES[stage]["cmd"])
+    monkeypatch.setattr(sys, "argv", ["gpt", *words[words.index("gpt") + 1 :]])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    return exit_info.value.code
+
+
+def write(folder: Path, source: str, **changes: Any) -> Path:
+    common = {"download__sources": [source], "download__sha256": None, "train__eval_interval": 10}
+    return write_params(folder / "params.yaml", **{**common, **changes})
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with a trained model, `base.pt`, and another text."""
+    (tmp_path / "corpus.txt").write_text(made_up_text(), encoding="utf-8")
+    (tmp_path / "other.txt").write_text(made_up_text(seed=1).replace("fox", "bat").replace("dog", "cat"))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "corpus.txt", train__max_steps=60)
+    for stage in STAGE_NAMES:
+        assert not run_stage(stage, monkeypatch)
+    shutil.copy("chargpt_nano.pt", "base.pt")
+    shutil.copy("data/tokens/tokenizer.json", "base.json")
+    return tmp_path
+
+
+def test_fine_tuning_starts_from_the_init_checkpoint(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for init_from in (None, "base.pt"):
+        write(workspace, "other.txt", train__max_steps=10, tokenize__init_from="base.json", train__init_from=init_from)
+        for stage in STAGE_NAMES:
+            assert not run_stage(stage, monkeypatch)
+        losses.append(json.loads((workspace / "metrics" / "train.json").read_text())["val_loss"])
+    from_scratch, fine_tuned = losses
+    assert fine_tuned < from_scratch - 0.5
+    checkpoint = load_checkpoint(workspace / "chargpt_nano.pt")
+    assert checkpoint.about["train"]["init_from"] == "base.pt"
+    assert checkpoint.tokenizer == load_checkpoint(workspace / "base.pt").tokenizer
+
+
+def test_the_run_key_depends_on_the_bytes_of_the_init_checkpoint(workspace: Path) -> None:
+    params = write(workspace, "other.txt", train__init_from="base.pt")
+    before = run_key(params, workspace / "data" / "tokens")
+    (workspace / "base.pt").write_bytes((workspace / "base.pt").read_bytes() + b" ")
+    assert run_key(params, workspace / "data" / "tokens") != before
+    (workspace / "base.pt").unlink()
+    with pytest.raises(UserError, match=r"train\.init_from: .*base\.pt"):
+        run_key(params, workspace / "data" / "tokens")
+
+
+def test_an_init_checkpoint_of_another_architecture_or_tokenizer_is_refused(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = load_checkpoint(workspace / "base.pt")
+    other = base.model.model_copy(update={"n_layer": 9, "position": "alibi", "dropout": 0.5})
+    found = rf"base\.pt: n_layer {base.model.n_layer} instead of 9; position '{base.model.position}' instead of 'alibi'"
+    with pytest.raises(UserError, match=found + "; set the section model"):
+        load_init_checkpoint(Path("base.pt"), other, base.tokenizer)
+    with pytest.raises(UserError, match=r"train\.init_from: .* tokenizer of base\.pt"):
+        load_init_checkpoint(Path("base.pt"), base.model, CharTokenizer("\nabc"))
+    (workspace / "accents.txt").write_text(made_up_text() + "Été", encoding="utf-8")
+    write(workspace, "accents.txt", tokenize__init_from="base.json")
+    assert not run_stage("download", monkeypatch)
+    capsys.readouterr()
+    assert run_stage("tokenize", monkeypatch) == 2
+    assert "'É', 'é'" in only_line(capsys.readouterr().err)
+    write(workspace, "other.txt", tokenize__init_from="none.json")
+    assert run_stage("tokenize", monkeypatch) == 2
+    assert re.search(r"tokenize\.init_from: .*none\.json", only_line(capsys.readouterr().err))
+
+
+# Overfitting.
+
+
+def train_on(text: str, folder: Path, *, steps: int) -> None:
+    """Train a tiny model; the log goes to a file in the folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "text.txt").write_text(text)
+    tokenize(params=tokenize_params(), corpus=folder / "text.txt", out=folder / "tokens")
+    changes = {"train__max_steps": steps, "train__eval_interval": 20, "train__shards": 1, "model__block_size": 16}
+    params = small_params(**changes, train__save_interval=10, model__dropout=0.0)
+    with logging_to(folder / "log", "train"):
+        train(
+            params=check_section(Path("test"), "train", TrainParams, params),
+            model=check_section(Path("test"), "model", ModelConfig, params),
+            data=load_tokens(folder / "tokens"),
+            digests={},
+            outputs=Outputs(folder / "model.pt", folder / "train.json", folder / "history.csv", folder / "val.csv"),
+            folder=RunFolder(folder / "run"),
+            timeout_s=30,
+        )
+
+
+def warnings_in(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "overfitting since" in line]
+
+
+UNEVEN = made_up_text(130) + made_up_text(20)[::-1]  # its end, the validation split, is unlike its beginning
+
+
+@contextmanager
+def stop_after(step: int) -> Iterator[Callable[[], bool]]:
+    steps = iter(range(1, 1000))
+    yield lambda: next(steps) == step
+
+
+def test_overfitting_is_reported_when_detected_and_at_the_end_also_after_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_on(UNEVEN, tmp_path / "whole", steps=100)
+    output = capsys.readouterr().out
+    warning, last_warning = warnings_in(output)
+    assert output.splitlines()[-1] == last_warning
+    assert "at step 100" in last_warning
+    metrics = json.loads((tmp_path / "whole" / "train.json").read_text())
+    table = pd.read_csv(tmp_path / "whole" / "history.csv", index_col="step")
+    assert metrics["train_loss"] == round(table.loc[metrics["best_step"], "train_loss"], 4)
+    assert len(warnings_in((tmp_path / "whole" / "log").read_text())) == 2
+
+    detected_at = int(re.findall(r"step (\d+)/", output.partition(warning)[0])[-1])
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr("gpt.training.run._stop_on_signals", lambda: stop_after(detected_at - 5))
+        train_on(UNEVEN, tmp_path / "stopped", steps=100)
+    assert warnings_in(capsys.readouterr().out) == []
+    train_on(UNEVEN, tmp_path / "stopped", steps=100)
+    assert warnings_in(capsys.readouterr().out) == [warning, last_warning]
+    names = ("model.pt", "train.json", "history.csv", "val.csv")
+    assert contents(tmp_path / "stopped", names) == contents(tmp_path / "whole", names)
+
+
+def test_no_overfitting_on_enough_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_on(made_up_text(2000), tmp_path, steps=60)
+    output = capsys.readouterr().out
+    assert "validation loss" in output
+    assert warnings_in(output) == []
+
+
+def test_copies_of_the_training_text_are_found_in_the_samples(tmp_path: Path) -> None:
+    train_on("abcdefghij\n" * 100, tmp_path, steps=60)
+    found = evaluate(
+        params=EvaluateParams(batch_size=64, precision="float32", sample_characters=800, seed=1, device="cpu"),
+        checkpoint=load_checkpoint(tmp_path / "model.pt"),
+        data=load_tokens(tmp_path / "tokens"),
+    )
+    assert found.metrics["longest_copy"] > 50
+    assert found.metrics["copied"] > 0.5
+    assert "'abcdefghij\\nabcdefghij" in found.summary[-1]
+    assert "validation text: 100.0%" in found.summary[-1]

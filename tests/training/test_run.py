@@ -116,7 +116,7 @@ def train_on(text: str, folder: Path, *, steps: int) -> None:
     tokenize(params=tokenize_params(), corpus=folder / "text.txt", out=folder / "tokens")
     changes = {"train__max_steps": steps, "train__eval_interval": 20, "train__shards": 1, "model__block_size": 16}
     params = small_params(**changes, train__save_interval=10, model__dropout=0.0)
-    with logging_to(folder / "log", "train"):
+    with logging_to([folder / "log"], "train"):
         train(
             params=check_section(Path("test"), "train", TrainParams, params),
             model=check_section(Path("test"), "model", ModelConfig, params),

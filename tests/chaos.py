@@ -81,7 +81,9 @@ def prepare(folder: Path) -> tuple[Path, dict[str, bytes], float]:
     shutil.copy(project / "dvc.lock", folder / "dvc.lock")
     began = time.monotonic()
     assert start(project, "repro", "train").wait() == 0
-    return project, contents(project, OUTPUTS), time.monotonic() - began
+    seconds = time.monotonic() - began
+    shutil.copy(project / "dvc.lock", folder / "finished.lock")
+    return project, contents(project, OUTPUTS), seconds
 
 
 def reset(project: Path, lock: bytes | None) -> None:
@@ -92,7 +94,7 @@ def reset(project: Path, lock: bytes | None) -> None:
         lock: content of the finished pipeline's dvc.lock, as in a fresh clone; without it, training was never recorded.
 
     """
-    for output in read_yaml(project / "dvc.lock")["stages"]["train"]["outs"]:
+    for output in read_yaml(project.parent / "finished.lock")["stages"]["train"]["outs"]:
         (project / ".dvc/cache/files/md5" / output["md5"][:2] / output["md5"][2:]).unlink(missing_ok=True)
     (project / "dvc.lock").write_bytes(lock or (project.parent / "dvc.lock").read_bytes())
     for folder in (".dvc/cache/runs", ".runs", "mlruns"):

@@ -115,16 +115,17 @@ def kill_and_continue(project: Path, kills: int, rng: random.Random, seconds: fl
     repeated = False
     for attempt in range(kills + 1):
         repair(project)
-        running = start(project, "repro", "train")
+        running, ended = start(project, "repro", "train"), True
         if attempt < kills:
             wait_for_moment(project, running, rng, seconds)
             target = rng.choice(TARGETS)
             if kill(running, target, rng):
                 killed[target] += 1
-        code = running.wait()
+                ended = False  # psutil has reaped it, so its exit code is unknown
+        ended &= running.wait() == 0
         repeated |= history(project)[: len(saved)] != saved
         saved = max(saved, saved_history(project), key=len)
-        if code == 0:
+        if ended:
             break
     return killed, repeated
 

@@ -81,7 +81,9 @@ def prepare(folder: Path) -> tuple[Path, dict[str, bytes], float]:
     shutil.copy(project / "dvc.lock", folder / "dvc.lock")
     began = time.monotonic()
     assert start(project, "repro", "train").wait() == 0
-    return project, contents(project, OUTPUTS), time.monotonic() - began
+    seconds = time.monotonic() - began
+    shutil.copy(project / "dvc.lock", folder / "finished.lock")
+    return project, contents(project, OUTPUTS), seconds
 
 
 def reset(project: Path, lock: bytes | None) -> None:
@@ -92,7 +94,7 @@ def reset(project: Path, lock: bytes | None) -> None:
         lock: content of the finished pipeline's dvc.lock, as in a fresh clone; without it, training was never recorded.
 
     """
-    for output in read_yaml(project / "dvc.lock")["stages"]["train"]["outs"]:
+    for output in read_yaml(project.parent / "finished.lock")["stages"]["train"]["outs"]:
         (project / ".dvc/cache/files/md5" / output["md5"][:2] / output["md5"][2:]).unlink(missing_ok=True)
     (project / "dvc.lock").write_bytes(lock or (project.parent / "dvc.lock").read_bytes())
     for folder in (".dvc/cache/runs", ".runs", "mlruns"):
@@ -113,16 +115,17 @@ def kill_and_continue(project: Path, kills: int, rng: random.Random, seconds: fl
     repeated = False
     for attempt in range(kills + 1):
         repair(project)
-        running = start(project, "repro", "train")
+        running, ended = start(project, "repro", "train"), True
         if attempt < kills:
             wait_for_moment(project, running, rng, seconds)
             target = rng.choice(TARGETS)
             if kill(running, target, rng):
                 killed[target] += 1
-        code = running.wait()
+                ended = False  # psutil has reaped it, so its exit code is unknown
+        ended &= running.wait() == 0
         repeated |= history(project)[: len(saved)] != saved
         saved = max(saved, saved_history(project), key=len)
-        if code == 0:
+        if ended:
             break
     return killed, repeated
 

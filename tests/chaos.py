@@ -211,16 +211,11 @@ def kill(running: "Popen[bytes]", target: str, rng: random.Random) -> bool:
 def role(process: psutil.Process) -> str:
     """The role of a process in the tree of `dvc repro`."""
     try:
-        line = process.cmdline()
+        names = {Path(word).name for word in process.cmdline()}
     except psutil.Error:
         return ""
-    if "stages.train" in line:
-        return "wrapper"
-    if any(word.endswith("torchrun") for word in line):
-        return "torchrun"
-    if "gpt" in line:
-        return "rank"
-    return "dvc" if any(word.endswith("dvc") for word in line) else ""
+    roles = {"stages.train": "wrapper", "torchrun": "torchrun", "gpt": "rank", "dvc": "dvc"}
+    return next((role for name, role in roles.items() if name in names), "")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt.__main__ import main
 from gpt.data.prepare import tokenize
 from gpt.data.token_files import TokenData, load_tokens
 from gpt.model.device import CPU_THREADS
-from tests.support.common import made_up_text, run, tokenize_params
+from tests.support.common import made_up_text, only_line, run, tokenize_params, train_line, write_params
 from tests.support.workspace import done, empty_store, place, server  # noqa: F401 (pytest finds fixtures here)
 
 torch.set_num_threads(CPU_THREADS)  # as every command does
 
 RunGpt = Callable[..., "subprocess.CompletedProcess[str]"]
+RunMain = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -41,11 +43,42 @@ def data(tokens: Path) -> TokenData:
     return load_tokens(tokens)
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """A folder with the outputs of a short training in float32."""
+    folder = tmp_path_factory.mktemp("trained")
+    precisions = {"train__precision": "float32", "evaluate__precision": "float32"}
+    write_params(folder / "params.yaml", train__max_steps=20, model__dropout=0.0, **precisions)
+    printed = run([sys.executable, "-m", "gpt", *train_line(tokens)], folder).stdout
+    assert "step 20/20" in printed
+    return folder
+
+
 @pytest.fixture
 def gpt(tmp_path: Path) -> RunGpt:
-    """Run `python -m gpt …` in an empty folder."""
+    """Run `python -m gpt …` in an empty folder as a new process."""
 
     def invoke(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
         return run([sys.executable, "-m", "gpt", *arguments], tmp_path, code=None)
+
+    return invoke
+
+
+@pytest.fixture
+def run_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunMain:
+    """Run a command in this process: a new one spends seconds on importing torch.
+
+    Returns its stdout or, with an exit code that is not 0, its error message of one line.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments: str | Path, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["gpt", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        output, errors = capsys.readouterr()
+        assert (ended.value.code or 0) == code, errors
+        return only_line(errors) if code else output
 
     return invoke

@@ -1,6 +1,5 @@
 """The Python API: the same text as the command, loss as in training, no torch at `import gpt`."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,39 +7,18 @@ import pytest
 import torch
 
 import gpt
-from gpt.model.config import ModelConfig
-from tests.conftest import RunGpt
-from tests.support.common import environment, write_params
+from tests.support.common import run
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    write_params(folder / "params.yaml", train__max_steps=20, train__precision="float32")
-    line = ["train", "--params", "params.yaml", "--tokens", tokens, "--checkpoint", "model.pt", "--metrics", "m.json"]
-    line += ["--history", "history.csv", "--validation", "validation.csv"]
-    command = [sys.executable, "-m", "gpt", *map(str, line)]
-    subprocess.run(command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL, check=True)
-    return folder / "model.pt"
+def model(trained: Path) -> gpt.LoadedModel:
+    return gpt.load(str(trained / "model.pt"))
 
 
-@pytest.fixture
-def run_gpt(request: pytest.FixtureRequest) -> RunGpt:
-    """The fixture `gpt`, whose name is that of the package here."""
-    run: RunGpt = request.getfixturevalue("gpt")
-    return run
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: Path) -> gpt.LoadedModel:
-    return gpt.load(checkpoint)
-
-
-def test_generate_returns_what_the_command_prints(run_gpt: RunGpt, checkpoint: Path, model: gpt.LoadedModel) -> None:
+def test_generate_returns_what_the_command_prints(trained: Path, tmp_path: Path, model: gpt.LoadedModel) -> None:
     options = ["--prompt", "the ", "--max-new-tokens", "60", "--temperature", "1.1", "--top-k", "9", "--min-p", "0.01"]
     options += ["--repetition-penalty", "1.2", "--stop", "zz", "--seed", "5"]
-    done = run_gpt("generate", "--checkpoint", checkpoint, *options)
-    assert done.returncode == 0, done.stderr
+    done = run([sys.executable, "-m", "gpt", "generate", "--checkpoint", trained / "model.pt", *options], tmp_path)
     text = model.generate(
         "the ", max_new_tokens=60, temperature=1.1, top_k=9, min_p=0.01, repetition_penalty=1.2, stop=["zz"], seed=5
     )
@@ -76,12 +54,6 @@ def test_loss_predicts_each_token_after_the_first_once(model: gpt.LoadedModel) -
     assert model.loss(text) == pytest.approx(float(torch.cat(expected).mean()), abs=1e-5)
 
 
-def test_config_and_tokenizer(checkpoint: Path) -> None:
-    model = gpt.load(str(checkpoint))
-    assert isinstance(model.config, ModelConfig)
-    assert model.tokenizer.decode(model.tokenizer.encode("fox")) == "fox"
-
-
 def test_errors_are_user_errors(model: gpt.LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(gpt.UserError, match=r"none\.pt"):
         gpt.load(tmp_path / "none.pt")
@@ -95,8 +67,8 @@ def test_errors_are_user_errors(model: gpt.LoadedModel, tmp_path: Path) -> None:
         model.loss("t")
 
 
-def test_import_is_lazy_and_needs_no_installation(tmp_path: Path) -> None:
-    code = "import gpt, sys; print(gpt.__version__, sorted(gpt.__all__), 'torch' in sys.modules, 'load' in dir(gpt))"
-    line = [sys.executable, "-c", code]
-    done = subprocess.run(line, cwd=tmp_path, env=environment(), text=True, capture_output=True, check=True)
-    assert done.stdout.split(maxsplit=1)[1] == "['LoadedModel', 'UserError', '__version__', 'load'] False True\n"
+def test_import_loads_no_torch(tmp_path: Path) -> None:
+    heavy = "{'torch', 'numpy', 'pydantic'} & set(sys.modules)"
+    code = f"import gpt, sys; print(sorted(gpt.__all__), {heavy} or 'none', 'load' in dir(gpt))"
+    done = run([sys.executable, "-c", code], tmp_path)
+    assert done.stdout == "['LoadedModel', 'UserError', '__version__', 'load'] none True\n"

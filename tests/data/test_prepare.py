@@ -17,8 +17,8 @@ from gpt.data.token_files import load_tokens
 from gpt.tokenizers import TOKENIZERS
 from gpt.tokenizers.subword import BpeTokenizer
 from gpt.tokenizers.tiktoken import TiktokenTokenizer
-from tests.conftest import RunGpt
-from tests.support.common import environment, made_up_text, only_line, tokenize_params, write_params
+from tests.conftest import RunMain
+from tests.support.common import environment, made_up_text, tokenize_params, write_params
 
 TOKENS = BpeTokenizer.train([made_up_text(600)], 300).token_bytes
 RANKS = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(TOKENS))
@@ -163,12 +163,11 @@ def test_ranks_are_fetched_only_for_tiktoken(tmp_path: Path) -> None:
 
 
 @pytest.mark.proof
-def test_the_pinned_ranks_are_those_of_gpt2(tmp_path: Path) -> None:
+def test_the_pinned_ranks_are_those_of_gpt2(run_main: RunMain, tmp_path: Path) -> None:
     """The numbers of tokens of tiny Shakespeare are those in nanoGPT's readme."""
     write_params(tmp_path / "params.yaml", tokenize__kind="tiktoken")
-    for verb in (["download", "--out", "text.txt"], ["tokenize", "--corpus", "text.txt", "--out", "tokens"]):
-        line = [sys.executable, "-m", "gpt", *verb, "--params", "params.yaml"]
-        subprocess.run(line, cwd=tmp_path, env=environment(), check=True, timeout=300)
+    run_main("download", "--params", "params.yaml", "--out", "text.txt")
+    run_main("tokenize", "--params", "params.yaml", "--corpus", "text.txt", "--out", "tokens")
     data = load_tokens(tmp_path / "tokens")
     assert (len(data.train), len(data.val), data.meta.vocab_size) == (301_966, 36_059, 50_256)
     assert data.tokenizer.encode("hello world").tolist() == [31373, 995]
@@ -194,14 +193,3 @@ def test_truncated_token_files_are_refused(tmp_path: Path, name: str) -> None:
     path.unlink()
     with pytest.raises(UserError, match=f"{name}: .* found 0"):
         load_tokens(path.parent)
-
-
-def test_command(gpt: RunGpt, tmp_path: Path, corpus: Path) -> None:
-    params = write_params(tmp_path / "params.yaml")
-    done = gpt("tokenize", "--params", params, "--corpus", corpus, "--out", "a b/tokens")
-    assert done.returncode == 0, done.stderr
-    assert f"{load_tokens(tmp_path / 'a b/tokens').meta.train_tokens:,}" in done.stdout
-    assert "tokenize: started" in (tmp_path / "gpt_nano.log").read_text()
-    done = gpt("tokenize", "--params", params, "--corpus", "none.txt", "--out", "tokens")
-    assert done.returncode == 2
-    assert "none.txt" in only_line(done.stderr)

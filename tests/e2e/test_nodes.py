@@ -12,14 +12,12 @@ import psutil
 import pytest
 from pyroute2 import IPRoute, NetNS, netns
 
-from tests.support.common import contents, environment, run, wait_for, write_params
+from tests.support.common import TRAINED, contents, environment, run, train_line, wait_for, write_params
 
 pytestmark = pytest.mark.proof
 
 HOSTS = {"chargpt0": ("10.77.0.1", "cable0"), "chargpt1": ("10.77.0.2", "cable1")}  # by namespace: address, interface
-OUTPUTS = {"--checkpoint": "model.pt", "--metrics": "m.json", "--history": "h.csv", "--validation": "v.csv"}
-TRAIN = ["-m", "gpt", "train", "--params", "params.yaml", "--tokens", "tokens"]
-TRAIN += [word for option in OUTPUTS.items() for word in option]
+TRAIN = ["-m", "gpt", *train_line("tokens")]
 TIMEOUT_S = 8
 
 
@@ -86,7 +84,7 @@ def test_two_hosts_train_the_bytes_of_one_process(tmp_path: Path, tokens: Path) 
     shutil.copy(tmp_path / "node0" / "params.yaml", single)
     shutil.copytree(tokens, single / "tokens")
     run([sys.executable, *TRAIN], single)
-    assert contents(tmp_path / "node0", OUTPUTS.values()) == contents(single, OUTPUTS.values())
+    assert contents(tmp_path / "node0", TRAINED) == contents(single, TRAINED)
     assert {path.name for path in (tmp_path / "node1").iterdir()} == {"params.yaml", "tokens", "output.txt"}
 
 

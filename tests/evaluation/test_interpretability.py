@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt.__main__ import main
 from gpt.evaluation.interpretability import inspect_model, order_by_similarity, printable_token
 from gpt.evaluation.plots import render_plots
 from gpt.model.attention import SelfAttention
 from gpt.model.baselines import Average, make_model
 from gpt.model.checkpoint import Checkpoint
-from gpt.model.config import ModelConfig
 from gpt.model.gpt import LanguageModel
 from gpt.tokenizers.char import CharTokenizer
-from tests.conftest import RunGpt
-from tests.support.common import model_params, only_line
+from tests.conftest import RunMain
+from tests.support.common import model_params, strong_model
 
 TOKENIZER = CharTokenizer("\n abcdefgh")
+SIZE = TOKENIZER.vocab_size
 POSITIONS = ["learned", "sinusoidal", "relative", "rotary", "alibi", "none"]
-
-Explain = Callable[..., str]
-
-
-def strong_model(params: ModelConfig) -> LanguageModel:
-    """A model with large weights, so that the scores differ clearly."""
-    torch.manual_seed(0)
-    model = make_model(params, TOKENIZER.vocab_size).eval()
-    for weight in model.parameters():
-        nn.init.normal_(weight, std=0.5)
-    return model
 
 
 def save(path: Path, model: LanguageModel) -> Path:
@@ -45,18 +33,9 @@ def save(path: Path, model: LanguageModel) -> Path:
 
 
 @pytest.fixture
-def explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Explain:
-    """Run the command in this process; return stdout, or the error message."""
-
-    def run(*arguments: str | Path, code: int = 0) -> str:
-        monkeypatch.setattr("sys.argv", ["gpt", "explain", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        assert (end.value.code or 0) == code, err
-        return only_line(err) if code else out
-
-    return run
+def explain(run_main: RunMain) -> RunMain:
+    """Run `gpt explain` in this process."""
+    return partial(run_main, "explain")
 
 
 def matrices(printed: str) -> list[list[list[float]]]:
@@ -70,7 +49,7 @@ def matrices(printed: str) -> list[list[list[float]]]:
     return found
 
 
-def test_three_matrices_by_hand(gpt: RunGpt, tmp_path: Path) -> None:
+def test_three_matrices_by_hand(explain: RunMain, tmp_path: Path) -> None:
     """With a = (1, 0), b = (0, 1), c = (1, 1) as queries and keys, the scores are their dot products."""
     params = model_params(kind="head", n_embd=2, n_head=1, position="none", qk_norm=False, ngram=1, bias=False)
     model = make_model(params, TOKENIZER.vocab_size)
@@ -79,18 +58,17 @@ def test_three_matrices_by_hand(gpt: RunGpt, tmp_path: Path) -> None:
         embedding[2:5] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
         model.get_parameter("attention.query.weight").copy_(math.sqrt(2) * torch.eye(2))
         model.get_parameter("attention.key.weight").copy_(torch.eye(2))
-    done = gpt("explain", "--checkpoint", save(tmp_path / "model.pt", model), "--text", "abc")
-    assert done.returncode == 0, done.stderr
-    raw, masked, weights = matrices(done.stdout)
+    printed = explain("--checkpoint", save(tmp_path / "model.pt", model), "--text", "abc")
+    raw, masked, weights = matrices(printed)
     inf = math.inf
     assert raw == [[1, 0, 1], [0, 1, 1], [1, 1, 2]]
     assert masked == [[1, -inf, -inf], [0, 1, -inf], [1, 1, 2]]
     one = math.exp(1)
     assert weights == [[1, 0, 0], [round(1 / (1 + one), 2), round(one / (1 + one), 2), 0], [0.21, 0.21, 0.58]]
-    assert "Layer 1 of 1, head 1 of 1" in done.stdout
-    assert "query 3 c, key 3 c" in done.stdout
-    assert "query 3 c: key 3 c, 0.58" in done.stdout
-    for line in done.stdout.splitlines():
+    assert "Layer 1 of 1, head 1 of 1" in printed
+    assert "query 3 c, key 3 c" in printed
+    assert "query 3 c: key 3 c, 0.58" in printed
+    for line in printed.splitlines():
         assert len(line) <= 120
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt"}  # no plots, no log
 
@@ -98,7 +76,7 @@ def test_three_matrices_by_hand(gpt: RunGpt, tmp_path: Path) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("position", POSITIONS)
 def test_scores_are_those_of_the_forward_pass(position: str) -> None:
-    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position))
+    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position), SIZE)
     recorded: list[tuple[SelfAttention, Tensor, Tensor]] = []
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], mixed_BTC: Tensor) -> None:
@@ -121,8 +99,8 @@ def test_scores_are_those_of_the_forward_pass(position: str) -> None:
     assert np.allclose(attention.weights.sum(-1), 1)
 
 
-def test_layer_and_head_can_be_selected(explain: Explain, tmp_path: Path) -> None:
-    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=32))
+def test_layer_and_head_can_be_selected(explain: RunMain, tmp_path: Path) -> None:
+    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=32), SIZE)
     path = save(tmp_path / "model.pt", model)
     line = ["--checkpoint", path, "--text", "a bc\ndefgh abc"]
     first, second = explain(*line), explain(*line, "--layer", "2", "--head", "2")
@@ -143,8 +121,8 @@ def test_layer_and_head_can_be_selected(explain: Explain, tmp_path: Path) -> Non
         assert message in explain("--checkpoint", path, *options, code=2)
 
 
-def test_baseline_models(explain: Explain, tmp_path: Path) -> None:
-    average = strong_model(model_params(kind="average", n_embd=16))
+def test_baseline_models(explain: RunMain, tmp_path: Path) -> None:
+    average = strong_model(model_params(kind="average", n_embd=16), SIZE)
     printed = explain("--checkpoint", save(tmp_path / "average.pt", average), "--text", "abc")
     assert "no queries and keys" in printed
     assert matrices(printed)[2] == [[1, 0, 0], [0.5, 0.5, 0], [0.33, 0.33, 0.33]]
@@ -153,16 +131,16 @@ def test_baseline_models(explain: Explain, tmp_path: Path) -> None:
     assert isinstance(average, Average)
     mean_TC = torch.from_numpy(attention.weights[0, 0]) @ average.token_embedding.weight[[2, 3, 4]]
     assert torch.allclose(average.output(mean_TC), average(torch.tensor([[2, 3, 4]]))[0], atol=1e-5)
-    bigram = save(tmp_path / "bigram.pt", strong_model(model_params(kind="bigram")))
+    bigram = save(tmp_path / "bigram.pt", strong_model(model_params(kind="bigram"), SIZE))
     printed = explain("--checkpoint", bigram, "--text", "abcdefgh abc", "--out", tmp_path / "bigram")
     assert printed.startswith("model.kind bigram: no attention.")
     assert [path.name for path in (tmp_path / "bigram").iterdir()] == ["embeddings.png"]
 
 
-def test_plots_exist_for_the_parts_of_a_model_and_are_reproducible(explain: Explain, tmp_path: Path) -> None:
+def test_plots_exist_for_the_parts_of_a_model_and_are_reproducible(explain: RunMain, tmp_path: Path) -> None:
     plots: dict[str, dict[str, bytes]] = {}
     for position in POSITIONS:
-        model = strong_model(model_params(n_layer=1, n_head=2, n_embd=16, block_size=8, position=position))
+        model = strong_model(model_params(n_layer=1, n_head=2, n_embd=16, block_size=8, position=position), SIZE)
         plots[position] = dict(render_plots(inspect_model(model, [2, 5, 1, 3], TOKENIZER.decode)))
         names = ["attention.png", "embeddings.png", "positions.png"][: 3 - (position == "none")]
         assert sorted(plots[position]) == names
@@ -178,7 +156,7 @@ def test_plots_exist_for_the_parts_of_a_model_and_are_reproducible(explain: Expl
 def test_labels_of_any_token_can_be_plotted() -> None:
     """Words, characters that the font lacks, mathtext syntax, control characters, the empty string."""
     tokens = ["the wizards", "中文", "$x^$", "\x00", ""]
-    model = strong_model(model_params(n_layer=1, n_head=2, n_embd=16, block_size=8))
+    model = strong_model(model_params(n_layer=1, n_head=2, n_embd=16, block_size=8), SIZE)
     inspection = inspect_model(model, range(5), lambda numbers: "".join(tokens[number % 5] for number in numbers))
     assert inspection.tokens == ("the␣wizards", "中文", "$x^$", "\\x00", "∅")
     assert all(content.startswith(b"\x89PNG") for _, content in render_plots(inspection))
@@ -204,7 +182,7 @@ def test_clusters_are_oriented_when_they_are_merged() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("position", POSITIONS)
 def test_position_values_by_hand(position: str) -> None:
-    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, ngram=2, position=position))
+    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, ngram=2, position=position), SIZE)
     found = inspect_model(model, [2, 5], TOKENIZER.decode).positions
     if position == "none":
         assert found is None

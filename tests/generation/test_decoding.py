@@ -8,7 +8,7 @@ from gpt.generation.decoding import Decoder, generate_tokens
 from gpt.generation.sampling import SamplingParams
 from gpt.model.baselines import MODEL_CLASSES, make_model
 from gpt.model.gpt import GPT, LanguageModel
-from tests.support.common import model_params
+from tests.support.common import model_params, strong_model
 
 PROMPTS = [[1], [2, 3, 4, 5, 6], [7] * 8, list(range(11)) * 2]  # shorter than, as long as and longer than the window
 VARIANTS = {
@@ -20,13 +20,8 @@ VARIANTS = {
 
 @pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))
 def variant(request: pytest.FixtureRequest) -> LanguageModel:
-    """A model with weights so large that the logits depend on every token of the window."""
-    torch.manual_seed(0)
     config = model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0, **request.param)
-    model = make_model(config, vocab_size=11).eval()
-    for weight in model.parameters():
-        nn.init.normal_(weight, std=0.5)
-    return model
+    return strong_model(config, vocab_size=11)
 
 
 @pytest.fixture(scope="module")

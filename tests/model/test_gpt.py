@@ -19,7 +19,7 @@ from gpt.model.gpt import (
     next_token_loss,
 )
 from gpt.model.positions import REACH, AlibiPositions, RelativePositions, RotaryPositions
-from tests.support.common import model_params
+from tests.support.common import model_params, strong_model
 
 WITH_NGRAMS = model_params(n_layer=3, n_head=2, n_embd=16, block_size=8, ngram_rows=50, dropout=0.0)
 GPT2 = WITH_NGRAMS.model_copy(
@@ -93,10 +93,7 @@ def test_the_fused_kernel_agrees_with_the_reference(position: str) -> None:
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_only_without_positions_does_a_head_ignore_the_order_of_earlier_tokens(position: str) -> None:
-    torch.manual_seed(0)
-    model = make_model(GPT2.model_copy(update={"position": position, "kind": "head"}), vocab_size=11).eval()
-    for weight in model.parameters():
-        nn.init.normal_(weight, std=0.5)
+    model = strong_model(GPT2.model_copy(update={"position": position, "kind": "head"}), vocab_size=11)
     one_V, other_V = (model(torch.tensor([tokens]))[0, -1] for tokens in ([1, 2, 3, 3], [2, 1, 3, 3]))
     assert torch.allclose(one_V, other_V, atol=1e-5) == (position == "none")
 

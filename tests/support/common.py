@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -9,14 +10,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from ruamel.yaml import YAML
 
 from gpt.data.prepare import TokenizeParams
+from gpt.data.token_files import TokenData
+from gpt.model.baselines import make_model
 from gpt.model.config import ModelConfig
-from gpt.training.trainer import TrainParams
+from gpt.model.gpt import LanguageModel
+from gpt.training.distributed import Group
+from gpt.training.trainer import Trainer, TrainParams
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
+TRAINED = ("model.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv")  # outputs of a training
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew"]
 
 
@@ -29,6 +36,9 @@ def made_up_text(words: int = 4000, seed: int = 0) -> str:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file as plain values."""
     return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+
+
+STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 
 def small_params(**changes: Any) -> dict[str, Any]:
@@ -62,6 +72,36 @@ def write_params(path: Path, **changes: Any) -> Path:
     with path.open("w", encoding="utf-8") as file:
         yaml.dump(small_params(**changes), file)
     return path
+
+
+def strong_model(params: ModelConfig, vocab_size: int) -> LanguageModel:
+    """A model with weights so large that scores and logits depend clearly on every token."""
+    torch.manual_seed(0)
+    model = make_model(params, vocab_size).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    return model
+
+
+def make_trainer(data: TokenData, group: Group, **changes: Any) -> Trainer:
+    """A trainer with the smoke preset and changes, in float32 by default."""
+    params = small_params(**{"train__precision": "float32", **changes})
+    torch.manual_seed(0)
+    model = make_model(ModelConfig.model_validate(params["model"]), data.meta.vocab_size)
+    return Trainer(TrainParams.model_validate(params["train"]), model, data, group)
+
+
+def train_line(tokens: str | Path, *more: str) -> list[str]:
+    """The arguments of `gpt train` with the outputs of `TRAINED`, and more of them."""
+    options = zip(("--checkpoint", "--metrics", "--history", "--validation"), TRAINED, strict=True)
+    outputs = [word for option in options for word in option]
+    return ["train", "--params", "params.yaml", "--tokens", str(tokens), *outputs, *more]
+
+
+def stage_line(stage: str, *more: str) -> list[str]:
+    """The arguments of the gpt command of a stage in dvc.yaml, and more of them."""
+    words = shlex.split(STAGES[stage]["cmd"])
+    return [*words[words.index("gpt") + 1 :], *more]
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -19,7 +18,7 @@ from gpt.tokenizers.char import CharTokenizer
 from gpt.tokenizers.subword import BpeTokenizer, WordPieceTokenizer
 from gpt.tokenizers.tiktoken import TiktokenTokenizer
 from gpt.tokenizers.word import WordTokenizer
-from tests.support.common import environment, made_up_text
+from tests.support.common import made_up_text
 
 TEXT = made_up_text(600).replace("fox", "naïve fox") + "don't 12 ##s, Ġ «🙂»\r\n\0e\u0301te\u0301  \n\n\tend"
 ALPHABET = "".join(sorted(set(TEXT)))
@@ -138,12 +137,6 @@ def test_start_token_is_the_line_feed_or_token_0(tokenizer: Tokenizer) -> None:
 
 
 # -- tokenizer.json
-
-
-def test_import_does_not_load_the_tokenizer_libraries() -> None:
-    code = "import sys, gpt.data.prepare; print(*sorted({'tokenizers', 'tiktoken'} & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), text=True, capture_output=True, check=True)
-    assert done.stdout == "\n"
 
 
 @every_kind

@@ -5,11 +5,9 @@ import torch
 from torch import nn
 
 from gpt.data.token_files import TokenData
-from gpt.model.baselines import make_model
 from gpt.training.distributed import process_group
 from gpt.training.ema import WeightAverage
-from gpt.training.trainer import Trainer
-from tests.support.common import model_params, train_params
+from tests.support.common import make_trainer
 
 
 def test_the_average_equals_hand_computed_values() -> None:
@@ -28,10 +26,8 @@ def test_the_average_equals_hand_computed_values() -> None:
 
 
 def test_the_average_is_evaluated_and_kept(data: TokenData) -> None:
-    params = train_params(max_steps=30, eval_interval=30, weight_average=0.9)
     with process_group(torch.device("cpu"), timeout_s=30) as group:
-        torch.manual_seed(0)
-        trainer = Trainer(params, make_model(model_params(), data.meta.vocab_size), data, group)
+        trainer = make_trainer(data, group, train__weight_average=0.9)
         for _ in range(10):
             trainer.train_step()
         loss = trainer.evaluate()

@@ -17,39 +17,40 @@ import pytest
 import torch
 
 from gpt.core.errors import StoppedError, UserError
-from gpt.core.params import check_section
 from gpt.data.token_files import TokenData
-from gpt.model.baselines import make_model
 from gpt.model.checkpoint import read_tensors
-from gpt.model.config import ModelConfig
-from gpt.training.distributed import Group, process_group
+from gpt.training.distributed import process_group
 from gpt.training.ema import WeightAverage
 from gpt.training.history import Record, read_records
 from gpt.training.run_folder import RunFolder
-from gpt.training.trainer import Trainer, TrainParams
+from gpt.training.trainer import Trainer
 from tests.support import processes
-from tests.support.common import contents, environment, only_line, small_params, wait_for, write_params
+from tests.support.common import (
+    TRAINED,
+    contents,
+    environment,
+    make_trainer,
+    only_line,
+    train_line,
+    wait_for,
+    write_params,
+)
 from tests.support.processes import Running
 
 CPU = torch.device("cpu")
-NAMES = ("model.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv")
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 
 
 # In one process: a run with and without an interruption.
 
 
-def make_trainer(data: TokenData, group: Group) -> Trainer:
-    params = small_params(train__max_steps=12, train__eval_interval=4, train__save_interval=3)
-    torch.manual_seed(0)
-    model = make_model(check_section(Path("test"), "model", ModelConfig, params), data.meta.vocab_size)
-    return Trainer(check_section(Path("test"), "train", TrainParams, params), model, data, group)
+SHORT = {"train__max_steps": 12, "train__eval_interval": 4, "train__save_interval": 3}
 
 
 def run(data: TokenData, folder: RunFolder, *, stop_after: int | None = None) -> dict[str, bytes]:
     """Train in a folder, from its newest resume state if there is one; returns weights and history."""
     with process_group(CPU, timeout_s=30) as group:
-        trainer = make_trainer(data, group)
+        trainer = make_trainer(data, group, **SHORT)
         folder.path.mkdir(exist_ok=True)
         if state := folder.newest({}, print):
             trainer.restore(*state)
@@ -131,9 +132,7 @@ def test_a_damaged_state_is_reported_and_skipped_as_is_one_of_other_digests(
 
 
 def arguments(tokens: Path, *more: str) -> list[str]:
-    outputs = ["--checkpoint", "model.pt", "--metrics", "metrics/train.json", "--history", "plots/history.csv"]
-    outputs += ["--validation", "plots/validation.csv"]
-    return ["train", "--params", "params.yaml", "--tokens", str(tokens), *outputs, "--run-dir", "run", *more]
+    return train_line(tokens, "--run-dir", "run", *more)
 
 
 def start(folder: Path, tokens: Path, *more: str, ranks: int = 1, kill_at: int | None = None) -> list[Running]:
@@ -155,13 +154,13 @@ def finish(folder: Path, tokens: Path, ranks: int = 1) -> dict[str, bytes]:
     """Run to the end; returns the outputs."""
     for running in start(folder, tokens, ranks=ranks):
         assert running.wait() == (0, "")
-    return contents(folder, NAMES)
+    return contents(folder, TRAINED)
 
 
 def prepare(folder: Path, **changes: object) -> Path:
     folder.mkdir(exist_ok=True)
     small = {"train__max_steps": 60, "train__save_interval": 4, "train__eval_interval": 15, "model__dropout": 0.2}
-    write_params(folder / "params.yaml", **{**small, **changes})
+    write_params(folder / "params.yaml", **{"train__precision": "float32", **small, **changes})
     return folder
 
 
@@ -177,7 +176,7 @@ def test_two_machines_give_the_same_bytes(tmp_path: Path, tokens: Path, uninterr
     folder = prepare(tmp_path / "machines")
     ranks = processes.start(folder, arguments(tokens), ranks=4, local_ranks=2)
     assert [rank.wait() for rank in ranks] == [(0, "")] * 4
-    assert contents(folder, NAMES) == uninterrupted
+    assert contents(folder, TRAINED) == uninterrupted
 
 
 def records(folder: Path, last: int) -> list[Record]:
@@ -216,7 +215,7 @@ def test_a_kill_before_any_file_operation_changes_no_byte(
         assert running.wait()[0] == -signal.SIGKILL
         saved = last_saved(folder)
         before = records(folder, saved)
-        for name in NAMES:
+        for name in TRAINED:
             (folder / name).unlink(missing_ok=True)
         assert finish(folder, tokens) == expected, operations[operation]
         assert records(folder, saved) == before, operations[operation]
@@ -236,7 +235,7 @@ def test_repeated_kills_at_random_moments_change_no_byte(
             rank.signal(signal.SIGKILL)
         for rank in running:
             rank.wait()
-        assert not (folder / "model.pt").exists() or contents(folder, NAMES) == uninterrupted
+        assert not (folder / "model.pt").exists() or contents(folder, TRAINED) == uninterrupted
     assert finish(folder, tokens, ranks) == uninterrupted
     history = [record.step for record in records(folder, 60)]
     assert history == sorted(set(history))
@@ -277,9 +276,8 @@ def test_a_stop_signal_to_one_rank_saves_the_step_and_ends_all_with_code_75(
 
 def start_wrapper(folder: Path, tokens: Path) -> "subprocess.Popen[str]":
     """Start two ranks under torchrun under `stages.train`; returns when they are at step 20."""
-    command = [word for word in arguments(tokens) if word not in ("--run-dir", "run")]
     running = subprocess.Popen(
-        [sys.executable, "-m", "stages.train", TORCHRUN, "-m", "gpt", *command],
+        [sys.executable, "-m", "stages.train", TORCHRUN, "-m", "gpt", *train_line(tokens)],
         cwd=folder,
         env=environment(PET_NPROC_PER_NODE="2", MLFLOW_TRACKING_URI=""),
         text=True,
@@ -391,7 +389,7 @@ def test_a_second_process_of_the_same_run_waits_and_names_the_first(
     finally:
         first.signal(signal.SIGCONT)
     assert [first.wait()[0], second.wait()[0]] == [0, 0]
-    assert contents(folder, NAMES) == uninterrupted
+    assert contents(folder, TRAINED) == uninterrupted
 
 
 # Disk errors.
@@ -416,7 +414,7 @@ def test_a_failed_write_leaves_the_old_state(data: TokenData, tmp_path: Path) ->
     (path,) = folder.path.glob("resume-*5.pt")
     content = path.read_bytes()
     with process_group(CPU, timeout_s=30) as group:
-        state = make_trainer(data, group).state({})
+        state = make_trainer(data, group, **SHORT).state({})
     with file_size_limit(10_000), pytest.raises(UserError, match=r"resume-000000005\.pt"):
         folder.save(5, *state)
     assert path.read_bytes() == content

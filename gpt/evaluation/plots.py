@@ -23,7 +23,8 @@ CELL = 0.17  # size of a matrix element in inches: room for a label
 MARGIN = 1.2  # inches for labels, title and colorbar
 MIN_WIDTH = 7.2  # inches that the longest title needs
 MAX_LABEL = 6  # characters
-LABEL_STYLE = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8, "parse_math": False}  # the font is part of matplotlib
+# This font is part of matplotlib: the same on every machine.
+LABEL_STYLE: dict[str, Any] = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8, "parse_math": False}
 TABLES = {
     "learned": ("vectors that are added to the token embeddings", "channel"),
     "sinusoidal": ("vectors that are added to the token embeddings", "channel: first all sines, then all cosines"),
@@ -66,9 +67,10 @@ def attention_maps(attention: "Attention", tokens: Sequence[str]) -> bytes:
     future = np.triu(np.ones((length, length), dtype=bool), 1)
     for layer, head in np.ndindex(layers, heads):
         weights_TT = np.ma.masked_array(attention.weights[layer, head], future)
-        image = maps[layer, head].imshow(weights_TT, cmap="Reds", vmin=0, vmax=1)
-        maps[layer, head].set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
-    _label_cells(maps[0, 0], tokens)
+        axes = maps[layer, head]
+        image = axes.imshow(weights_TT, cmap="Reds", vmin=0, vmax=1)
+        axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
+        _label_cells(axes, tokens)
     figure.colorbar(image, ax=maps, shrink=1 / layers)
     return png(figure)
 
@@ -128,9 +130,9 @@ def _figure(title: str, columns: int, rows: int) -> "Figure":
 def _label_cells(axes: "Axes", tokens: Sequence[str]) -> None:
     """Label the rows and columns of a matrix with the tokens."""
     labels = [_label(token) for token in tokens]
-    style: dict[str, Any] = {**LABEL_STYLE}
-    axes.set_yticks(range(len(labels)), labels, **style)
-    axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) == 1 else 90, **style)
+    axes.tick_params(length=0)
+    axes.set_yticks(range(len(labels)), labels, **LABEL_STYLE)
+    axes.set_xticks(range(len(labels)), labels, rotation=0 if max(map(len, labels)) == 1 else 90, **LABEL_STYLE)
 
 
 def _label(token: str) -> str:

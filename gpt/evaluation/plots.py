@@ -63,7 +63,7 @@ def attention_maps(attention: "Attention", tokens: Sequence[str]) -> bytes:
     """The attention weights of every head: a row of maps for each layer."""
     layers, heads, length = attention.weights.shape[:3]
     figure = _figure("Attention weights: rows are queries, columns are keys", heads * length, layers * length)
-    maps = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
+    maps: Any = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
     future = np.triu(np.ones((length, length), dtype=bool), 1)
     for layer, head in np.ndindex(layers, heads):
         weights_TT = np.ma.masked_array(attention.weights[layer, head], future)

@@ -11,6 +11,7 @@ import torch
 
 from gpt.core.errors import UserError
 from gpt.core.params import check_section
+from gpt.data.dataset import consecutive_windows
 from gpt.data.loss import token_losses
 from gpt.generation.text import GenerateParams, generate_texts
 from gpt.model.checkpoint import Checkpoint, load_checkpoint
@@ -98,11 +99,6 @@ class LoadedModel:
         tokens = torch.tensor([int(token) for token in self.tokenizer.encode(text)])
         if len(tokens) < 2:
             raise UserError(f"text: expected at least 2 tokens, found {len(tokens)}; give a longer text")
-        inputs, targets, block = tokens[:-1], tokens[1:], self.config.block_size
-        full = len(inputs) // block * block
-        windows = (torch.split(part[:full].view(-1, block), WINDOWS_PER_BATCH) for part in (inputs, targets))
-        batches = list(zip(*windows, strict=True))
-        if full < len(inputs):
-            batches.append((inputs[None, full:], targets[None, full:]))
+        batches = consecutive_windows(tokens, block_size=self.config.block_size, batch_size=WINDOWS_PER_BATCH)
         losses = token_losses(self.module, batches, torch.device("cpu"))
         return float(torch.cat([loss_BT.flatten() for loss_BT in losses]).mean())

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 import typer
 
 from gpt.core.cli import LOG_FILE, Changes, LogFile, ParamsFile, logging_to, report
 from gpt.core.errors import UserError
-from gpt.core.files import atomic_write, prepare_output, sha256_file, write_metrics
+from gpt.core.files import prepare_output, sha256_file, write_csv, write_metrics
 from gpt.core.params import read_section
 from gpt.data.token_files import load_tokens
 from gpt.evaluation.evaluator import EvaluateParams, evaluate, inspect_checkpoint
@@ -49,14 +48,9 @@ def command(
             )
         evaluation = evaluate(params=section, checkpoint=loaded, data=data)
         write_metrics(metrics, evaluation.metrics)
-        _write_csv(positions, evaluation.positions)
-        _write_csv(calibration, evaluation.calibration)
+        write_csv(positions, evaluation.positions)
+        write_csv(calibration, evaluation.calibration)
         for line in evaluation.summary:
             report(line)
         if plots:
             write_plots(plots, inspect_checkpoint(loaded, data))
-
-
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
-    with atomic_write(path) as file:
-        file.write(table.to_csv(index=False, lineterminator="\n").encode())

@@ -8,9 +8,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from gpt.core.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DECIMALS = 4  # of a metric: another seed changes the third one of a loss
 
@@ -36,6 +39,12 @@ def write_json(path: Path, value: object) -> None:
 def write_metrics(path: Path, metrics: Mapping[str, float]) -> None:
     """Write metrics as JSON, rounded to `DECIMALS` decimals."""
     write_json(path, {name: round(value, DECIMALS) for name, value in metrics.items()})
+
+
+def write_csv(path: Path, table: "pd.DataFrame") -> None:
+    """Write a table without its index, the same bytes on every system."""
+    with atomic_write(path) as file:
+        file.write(table.to_csv(index=False, lineterminator="\n").encode())
 
 
 def read_json(path: Path) -> Any:

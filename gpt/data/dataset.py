@@ -65,15 +65,17 @@ def evaluation_windows(data: TokenData, *, block_size: int, batch_size: int) -> 
         with the shorter remainder.
     """
     tokens = torch.from_numpy(np.concatenate([data.train[-1:], data.val]).astype(np.int64))
+    return consecutive_windows(tokens, block_size=block_size, batch_size=batch_size)
+
+
+def consecutive_windows(
+    tokens: torch.Tensor, *, block_size: int, batch_size: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Split tokens into windows as `evaluation_windows` does; all but the first token are targets."""
     inputs, targets = tokens[:-1], tokens[1:]
     full = len(targets) // block_size * block_size
-    batches = list(
-        zip(
-            torch.split(inputs[:full].view(-1, block_size), batch_size),
-            torch.split(targets[:full].view(-1, block_size), batch_size),
-            strict=True,
-        )
-    )
+    windows = (torch.split(part[:full].view(-1, block_size), batch_size) for part in (inputs, targets))
+    batches = list(zip(*windows, strict=True))
     if full < len(targets):
         batches.append((inputs[None, full:], targets[None, full:]))
     return batches

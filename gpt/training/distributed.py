@@ -186,9 +186,8 @@ class ShardedModel:
         for shard in range(self._group.rank * count, (self._group.rank + 1) * count):
             last = len(losses) == count - 1
             self._ddp.zero_grad(set_to_none=True)  # else a shard's gradient would include the one before
-            reorders = (
-                self._steps == 1 and not losses
-            )  # DDP broadcasts the order of its buckets before this forward pass
+            # DDP broadcasts the new order of its buckets before the first forward pass of the second step.
+            reorders = self._steps == 1 and not losses
             with nullcontext() if last else self._ddp.no_sync():
                 with self._group.heartbeat.collective() if reorders else nullcontext():
                     loss = loss_of_shard(self._ddp, shard)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from gpt.core.files import atomic_write, explain_os_errors
+from gpt.core.files import atomic_write, explain_os_errors, write_csv
 
 TRAINING = ["step", "train_loss", "learning_rate", "grad_norm"]  # columns that a re-run repeats bit for bit
 VALIDATION = ["step", "val_loss"]
@@ -60,9 +60,8 @@ class History:
         Two, since evaluations are rarer than records, and DVC plots an empty cell as zero.
         """
         table = pd.DataFrame(map(asdict, self.records), columns=[field.name for field in fields(Record)])
-        for path, part in ((training, table[TRAINING]), (validation, table[VALIDATION].dropna())):
-            with atomic_write(path) as file:
-                file.write(part.to_csv(index=False, lineterminator="\n").encode())
+        write_csv(training, table[TRAINING])
+        write_csv(validation, table[VALIDATION].dropna())
 
 
 def read_records(path: Path) -> list[Record]:

@@ -12,7 +12,6 @@ from stages.command_line import CommandLine
 from stages.publish import (
     Plots,
     Publisher,
-    describe,
     logged_params,
     prepare_plots,
     provenance,
@@ -90,6 +89,6 @@ def _publish(store: "Store", folder: Path, record: Record, *, known: bool) -> No
         run.publish(folder, record)
     elif run := store.find("run.key", folder.name):
         run.publish(folder, record)
-        describe(store, run, folder)
+        run.describe(folder)
     else:
         publish_run(store, folder)

@@ -17,11 +17,10 @@ from gpt.core.params import read_params
 from gpt.fast_import import fast_import
 from stages import run_record
 from stages.command_line import CommandLine
-from stages.description import description
 from stages.run_record import HistoryReader
 
 if TYPE_CHECKING:
-    from stages.mlflow_store import Store, TrackedRun
+    from stages.mlflow_store import Store
 
 Plots = Callable[[], Iterable[tuple[str, bytes]]]  # renders plots: names and PNGs
 
@@ -45,7 +44,7 @@ def connect(root: Path) -> "Store":
     """Import MLflow, which takes more than a second, and open the store."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
-    store: Store = fast_import("stages.mlflow_store").Store.open(tracking_uri(root), root)
+    store: Store = fast_import("stages.mlflow_store").Store(tracking_uri(root), root)
     return store
 
 
@@ -120,15 +119,9 @@ def publish_run(store: "Store", folder: Path) -> bool:
     for stage in run_record.STAGES:
         if record := run_record.read(folder, stage):
             run.publish(folder, record)
-    describe(store, run, folder)
+    run.describe(folder)
     run.finish(train)
     return run.changed
-
-
-def describe(store: "Store", run: "TrackedRun", folder: Path) -> None:
-    """Update the run's description; under the lock, so that an older text never replaces a newer one."""
-    with store.lock():
-        run.describe(description(folder, run.id))
 
 
 @cache  # at the start of the stage: the user may commit while it runs

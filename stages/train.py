@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from stages.run_record import HistoryReader, Record
 from stages.stage_inputs import refuse_edited_inputs
 
 if TYPE_CHECKING:
-    from stages.mlflow_store import Store, SystemMetrics, TrackedRun
+    from stages.mlflow_store import Store, TrackedRun
 
 PARAMS = ("download", "tokenize", "model", "train")  # the sections that determine a trained model: the run's params
 LOCK_S = 5  # a run of the same key that has just ended needs about as long to publish
@@ -69,7 +69,7 @@ class _Training:
         self._stamp = _stamp(self._history)
         self._lock: AbstractContextManager[object] | None = None  # held from the start of the training to our exit
         self._live: tuple[TrackedRun, HistoryReader] | None = None
-        self._system: SystemMetrics | None = None
+        self._stop_monitor: Callable[[], None] | None = None
 
     def on_poll(self) -> None:
         """Log what is new in the history; the MLflow run is created when the history changes for the first time.
@@ -91,8 +91,8 @@ class _Training:
         changed = self._lock or _stamp(self._history) != self._stamp
         refused = code == 2 or run_record.read(self.folder, "train")  # or failed before it touched the history
         with self._publisher.tolerating_errors(str(self.folder)):
-            if self._system:
-                self._system.stop()
+            if self._stop_monitor:
+                self._stop_monitor()
             if not self._lock and (changed or not refused):
                 self._lock = run_record.try_lock(self.folder, wait_s=LOCK_S)
             if self._lock:
@@ -115,7 +115,7 @@ class _Training:
             record = self._record("RUNNING")
             live = store.find_or_create("run.key", self.folder.name, record), HistoryReader(self._history)
             live[0].start(record)
-            self._system = self._system or live[0].monitor_system()
+            self._stop_monitor = self._stop_monitor or live[0].monitor_system()
         live[0].log_history(live[1].new_points())
         self._live = live
 

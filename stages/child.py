@@ -1,7 +1,6 @@
 """Child processes of the wrappers: start, signals, stderr and exit code."""
 
 import ctypes
-import gc
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 from gpt.core.errors import StoppedError, UserError
 from stages import torchrun
@@ -27,23 +26,6 @@ STOPPED_LINE = re.compile(r"gpt train: stopped after step ")  # that of StoppedE
 KEPT_LINES, KEPT_LINE_BYTES = 2000, 1 << 16
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
-
-
-def enter(stage: str, main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a stage on this process's arguments and exit; a user's mistake becomes one line and exit code 2."""
-    if "DVC_STAGE" in os.environ:
-        _end_with_parent()  # if dvc is killed, a second `dvc repro` must not run beside this stage
-        if os.getpgid(os.getppid()) != os.getpgrp():  # dvc was killed before the line above
-            sys.exit(1)
-    try:
-        code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"stages.{stage}: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    gc.freeze()  # the last collection at exit would search all of MLflow's objects, for half a second
-    sys.exit(code)
 
 
 def status_of(code: int) -> str:
@@ -140,7 +122,7 @@ def _start(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.P
     parent = os.getpid()
 
     def die_with_parent() -> None:
-        _end_with_parent()
+        end_with_parent()
         if os.getppid() != parent:
             os._exit(1)  # this process died before the line above
 
@@ -158,7 +140,7 @@ def _start(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.P
         ) from None
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask the system for a SIGTERM when this process's parent dies, even by SIGKILL (Linux only)."""
     if LIBC:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # SIGTERM, so that torchrun ends its workers too

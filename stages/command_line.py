@@ -62,7 +62,3 @@ class CommandLine:
     def with_option(self, name: str, value: object) -> "CommandLine":
         """The command with this option appended."""
         return CommandLine([*self.words, name, str(value)])
-
-    def with_logs(self, root: Path, run_log: Path) -> "CommandLine":
-        """The command with two log files appended: the workspace's (unless one is given) and the run's."""
-        return self.with_default("--log-file", root / "gpt_nano.log").with_option("--log-file", run_log)

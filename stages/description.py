@@ -24,61 +24,70 @@ def description(run: Path, run_id: str) -> str:
     """The markdown text for the records in a run folder; equal records give equal text."""
     train = read(run, "train")
     assert train
-    rows = "".join(f"| {label} | {value} |\n" for label, value in _metrics(run, train))
-    sample = next((path for name, path in artifacts(run, "generate") if "/" not in name), None)
-    parts = [_origin(train), f"| metric | value |\n|---|---|\n{rows}"]
-    if sample:
-        text = sample.read_text(encoding="utf-8", errors="replace")
-        parts += ["## Sample", _block(_wrapped(text[:LONGEST_SAMPLE]) + "\n…" * (len(text) > LONGEST_SAMPLE))]
-    return "\n\n".join([*parts, "## Restore", *_commands(run, train, run_id)]) + "\n"
+    table = "".join(
+        f"| {label} | {value:{',.0f' if value.is_integer() else ',.4f'}} |\n" for label, value in _metrics(run, train)
+    )
+    return "\n\n".join(
+        [_origin(train), f"| metric | value |\n|---|---|\n{table}", *_sample(run), *_restore(run, train, run_id)]
+    )
 
 
 def _origin(train: Record) -> str:
     experiment, commit = train.tags.get("dvc.exp_name"), train.tags.get("git.commit", "")[:7]
-    names = [f"experiment **{_escaped(experiment)}**"] if experiment else []
-    names += [f"commit `{commit}`"] if commit else []
-    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(train.began))
-    text = ", ".join(["Trained", when, *names, train.status.lower()]) + "."
+    text = f"Trained {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(train.began))}, "
+    text += f"experiment **{_escaped(experiment)}**, " if experiment else ""
+    text += f"commit `{commit}`, " if commit else ""
+    text += f"{train.status.lower()}."
     if (changed := train.tags.get("git.changed")) and not experiment:
         text += f" Uncommitted changes, which the commit does not restore: {_escaped(changed)}."
     return text
 
 
-def _metrics(run: Path, train: Record) -> Iterator[tuple[str, str]]:
+def _metrics(run: Path, train: Record) -> Iterator[tuple[str, float]]:
     evaluate = read(run, "evaluate")
     found = evaluate.metrics if evaluate else {}
-    for name in [*(name for name in LABELS if name in found), *(name for name in found if name not in LABELS)]:
-        yield LABELS.get(name, name.removeprefix("eval_").replace("_", " ")), _number(found[name])
+    for name in sorted(found, key=lambda name: [*LABELS, name].index(name)):
+        yield LABELS.get(name, name.removeprefix("eval_").replace("_", " ")), found[name]
     for name, value in train.metrics.items():
-        yield name.replace("_", " "), _number(value)
+        yield name.replace("_", " "), value
     if "parameters" in train.tags:
-        yield "parameters", _number(float(train.tags["parameters"]))
-    yield "duration of the last training command (s)", _number(round(train.ended - train.began))
+        yield "parameters", float(train.tags["parameters"])
+    yield "duration of the last training command (s)", float(round(train.ended - train.began))
 
 
-def _commands(run: Path, train: Record, run_id: str) -> Iterator[str]:
+def _sample(run: Path) -> Iterator[str]:
+    """The beginning of the generated text, indented as a code block."""
+    for path in (path for name, path in artifacts(run, "generate") if "/" not in name):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = [*text[:LONGEST_SAMPLE].splitlines(), *["…"] * (len(text) > LONGEST_SAMPLE)]
+        wrapper = textwrap.TextWrapper(WIDTH, replace_whitespace=False, drop_whitespace=False)
+        wrapped = (part for line in lines for part in wrapper.wrap(line) or [""])
+        yield "## Sample\n\n" + "\n".join(f"    {part}" for part in wrapped)
+
+
+def _restore(run: Path, train: Record, run_id: str) -> Iterator[str]:
+    """Up to three code blocks of shell commands."""
     commit, experiment = train.tags.get("git.commit"), train.tags.get("dvc.exp_name")
-    name = Path(train.checkpoint_file).name
-    changes = [f"-S {shlex.quote(change)}" for change in train.changes]
-    commands = [f"git checkout {commit}"] if commit else []
-    commands += [_download(run_id, "params.yaml", "."), _command("dvc exp run", *changes) if changes else "dvc repro"]
+    checkout = f"git checkout {commit}\n" if commit else ""
+    download = f"mlflow artifacts download --run-id {run_id} \\\n  --artifact-path"
+    repro = " \\\n  ".join(["dvc exp run", *(f"-S {shlex.quote(change)}" for change in train.changes)])
+    commands = f"{checkout}{download} params.yaml --dst-path .\n{repro if train.changes else 'dvc repro'}"
     if train.checkpoint:
         line = shlex.quote(f"{train.checkpoint}  {train.checkpoint_file}")
-        commands.append(_command(f"echo {line}", "| sha256sum --check"))
+        commands += f"\necho {line} \\\n  | sha256sum --check"
+    yield "## Restore"
     yield "All results, from DVC's cache or trained again to the same bytes. This replaces `params.yaml`:"
-    yield _block("\n".join(commands))
+    yield f"```\n{commands}\n```"
     if experiment and commit:
         yield "The same in the workspace of the experiment, including its code changes:"
-        yield _block(f"git checkout {commit}\ndvc exp apply {shlex.quote(experiment)}")
+        yield f"```\n{checkout}dvc exp apply {shlex.quote(experiment)}\n```"
     if train.checkpoint:
-        generate = f"python -m gpt generate --checkpoint {shlex.quote(f'restored/{name}')}"
+        name = Path(train.checkpoint_file).name
+        generate = (
+            f"python -m gpt generate --checkpoint {shlex.quote(f'restored/{name}')} \\\n  --prompt {_prompt(run)}"
+        )
         yield "Only the checkpoint, for generation:"
-        yield _block(f"{_download(run_id, name, 'restored')}\n{_command(generate, f'--prompt {_prompt(run)}')}")
-
-
-def _download(run_id: str, name: str, folder: str) -> str:
-    options = f"--artifact-path {shlex.quote(name)}", f"--dst-path {folder}"
-    return _command(f"mlflow artifacts download --run-id {run_id}", *options)
+        yield f"```\n{download} {shlex.quote(name)} --dst-path restored\n{generate}\n```"
 
 
 def _prompt(run: Path) -> str:
@@ -89,27 +98,6 @@ def _prompt(run: Path) -> str:
     return shlex.quote(prompt if len(prompt) <= LONGEST_NAME else "")
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4f}"
-
-
 def _escaped(text: str) -> str:
     """A name without markdown syntax."""
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text[:LONGEST_NAME])
-
-
-def _wrapped(text: str) -> str:
-    """The text with long lines broken, and no other change."""
-    wrapper = textwrap.TextWrapper(WIDTH, expand_tabs=False, replace_whitespace=False, drop_whitespace=False)
-    return "\n".join("\n".join(wrapper.wrap(line)) for line in text.split("\n"))
-
-
-def _command(*parts: str) -> str:
-    """A shell command with one part per line."""
-    return " \\\n  ".join(parts)
-
-
-def _block(text: str) -> str:
-    """A code block; its fence is longer than any in the text."""
-    fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
-    return f"{fence}\n{text.rstrip()}\n{fence}"

@@ -1,38 +1,37 @@
 """`python -m stages.evaluate COMMAND…`: run the evaluation and publish its metrics on the run of the checkpoint."""
 
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 
 from gpt.core.files import read_json
-from stages.checkpoint_stage import run_and_publish
-from stages.child import enter
 from stages.command_line import CommandLine
-from stages.stage_inputs import refuse_edited_inputs
+from stages.entry import enter
+from stages.stage import CheckpointStage
 
 
-def main(words: Sequence[str]) -> int:
-    """Evaluate and publish; returns the command's exit code."""
-    with tempfile.TemporaryDirectory() as folder:  # the plots are copied into the run folder
-        return _evaluate(CommandLine(words).with_default("--pictures", folder))
+class Evaluate(CheckpointStage):
+    """The stage evaluate: also publishes metrics and plots."""
 
+    name, sections = "evaluate", ("evaluate",)
+    outputs, optional_outputs = ("--metrics", "--positions"), ("--calibration",)
+    has_plots = True
 
-def _evaluate(command: CommandLine) -> int:
-    metrics, positions = command.path("--metrics"), command.path("--positions")
-    calibration, model_plots = command.optional_path("--calibration"), command.path("--pictures")
+    def __init__(self, command: CommandLine, temporary: Path) -> None:
+        """Let the command write its plots into the temporary folder."""
+        super().__init__(command.with_default("--pictures", temporary / "plots"), temporary)
 
-    def plots() -> Iterable[tuple[str, bytes]]:
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the command with a prefix."""
+        found = read_json(self.command.path("--metrics"))
+        return {f"eval_{name}": float(value) for name, value in found.items()}
+
+    def plots(self) -> Iterator[tuple[str, bytes]]:
+        """The plots of the command, and those of its tables."""
         from stages.run_plots import of_evaluation  # noqa: PLC0415 (imports matplotlib)
 
-        return of_evaluation(positions, calibration, model_plots)
-
-    return run_and_publish(
-        "evaluate",
-        command,
-        files=[path for path in (metrics, positions, calibration) if path],
-        metrics=lambda: {f"eval_{name}": float(value) for name, value in read_json(metrics).items()},
-        plots=plots,
-    )
+        paths = self.command.path("--positions"), self.command.optional_path("--calibration")
+        yield from of_evaluation(*paths, self.command.path("--pictures"))
 
 
 if __name__ == "__main__":
-    enter("evaluate", refuse_edited_inputs("evaluate", main))
+    enter("evaluate", Evaluate.main)

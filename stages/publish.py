@@ -1,29 +1,20 @@
 """Publication of run folders to MLflow: connect while the child runs, tolerate errors, make the run equal to files."""
 
-import getpass
 import os
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
-from importlib import import_module
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt.core.params import read_params
 from gpt.fast_import import fast_import
 from stages import run_record
-from stages.command_line import CommandLine
-from stages.description import description
 from stages.run_record import HistoryReader
 
 if TYPE_CHECKING:
-    from stages.mlflow_store import Store, TrackedRun
-
-Plots = Callable[[], Iterable[tuple[str, bytes]]]  # renders plots: names and PNGs
+    from stages.mlflow_store import Store
 
 RETRY_S = 30  # between two attempts to reach a store that failed
 # MLflow's defaults let a server that does not answer block for four minutes.
@@ -45,7 +36,7 @@ def connect(root: Path) -> "Store":
     """Import MLflow, which takes more than a second, and open the store."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
-    store: Store = fast_import("stages.mlflow_store").Store.open(tracking_uri(root), root)
+    store: Store = fast_import("stages.mlflow_store").Store(tracking_uri(root), root)
     return store
 
 
@@ -120,61 +111,6 @@ def publish_run(store: "Store", folder: Path) -> bool:
     for stage in run_record.STAGES:
         if record := run_record.read(folder, stage):
             run.publish(folder, record)
-    describe(store, run, folder)
+    run.describe(folder)
     run.finish(train)
     return run.changed
-
-
-def describe(store: "Store", run: "TrackedRun", folder: Path) -> None:
-    """Update the run's description; under the lock, so that an older text never replaces a newer one."""
-    with store.lock():
-        run.describe(description(folder, run.id))
-
-
-@cache  # at the start of the stage: the user may commit while it runs
-def provenance() -> tuple[str, dict[str, str]]:
-    """The name of a new run (the DVC experiment or the short commit), and tags of its origin."""
-    experiment, commit = os.environ.get("DVC_EXP_NAME", ""), _git("rev-parse", "HEAD")
-    changed = ", ".join(_git("diff", "--name-only", "HEAD", "--", "*.py", "dvc.yaml").splitlines())
-    tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "git.changed": changed}
-    tags["dvc.exp_name"] = experiment
-    with suppress(OSError, KeyError):  # the user has no name
-        tags["mlflow.user"] = getpass.getuser()
-    return experiment or commit[:7], {name: value for name, value in tags.items() if value}
-
-
-def _git(*arguments: str) -> str:
-    """The output of git; empty without git or a repository."""
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
-def logged_params(command: CommandLine, *sections: str) -> dict[str, str]:
-    """Sections of the command's params file with its overrides, flat and as text, without passwords and queries."""
-    file = command.optional_path("--params")
-    if not file:
-        return {}
-    params = read_params(file, command.changes)
-    if isinstance(params.get("download"), dict) and isinstance(sources := params["download"].get("sources"), list):
-        shown = [without_credentials(str(source)).partition("?") for source in sources]
-        params["download"]["sources"] = [address + ("?…" if query else "") for address, _, query in shown]
-    return run_record.flatten(params, sections)
-
-
-def prepare_plots() -> None:
-    """Import matplotlib, which takes half a second, while the command runs."""
-    with suppress(Exception):  # `rendered` will report it
-        import_module("stages.run_plots")
-
-
-def rendered(stage: str, plots: Plots) -> dict[str, bytes]:
-    """Plots by their artifact paths; an error costs a warning and the remaining plots."""
-    found: dict[str, bytes] = {}
-    try:
-        for name, content in plots():
-            found[f"pictures/{name}"] = content
-    except Exception as error:  # of matplotlib, or of an invalid table
-        print(f"stages.{stage}: some plots are missing: {brief(error)}", file=sys.stderr)
-    return found

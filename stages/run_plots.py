@@ -6,6 +6,7 @@ Importing it takes half a second (matplotlib): stages do so while their child ru
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,70 +17,50 @@ from gpt.evaluation.plots import png
 
 Columns = Mapping[str, Sequence[float]]
 
-SIZE, DPI = (8, 3.6), 110
 PALE, STRONG, GREY = "#9db4c8", "#c0392b", "#888888"
 
 
-def of_training(points: Iterable[Mapping[str, float]]) -> Iterator[tuple[str, bytes]]:
+def of_training(points: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, bytes]]:
     """Losses and learning rate from the points of a history, as far as it has them."""
-    found = list(points)
-    training, validation, rate = (_columns(found, name) for name in ("train_loss", "val_loss", "learning_rate"))
+    training, validation, rate = (_columns(points, name) for name in ("train_loss", "val_loss", "learning_rate"))
     if training["step"]:
         yield "loss.png", loss(training, validation)
     if rate["step"]:
-        yield "learning_rate.png", learning_rate(rate)
+        figure, axes = _line_plot(rate, ("step", "learning rate"), "learning_rate", color=STRONG)
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+        yield "learning_rate.png", png(figure)
 
 
 def of_evaluation(positions: Path, calibration: Path | None, model_plots: Path) -> Iterator[tuple[str, bytes]]:
-    """The command's own plots, loss by position and, if there is such a table, calibration.
-
-    Args:
-        model_plots: folder with the command's own plots.
-    """
+    """The command's own plots (a folder), loss by position and, if there is such a table, calibration."""
     for path in sorted(model_plots.glob("*.png")):
         yield path.name, path.read_bytes()
-    yield "loss_by_position.png", loss_by_position(read_table(positions))
+    table, labels = read_table(positions), ("position in the context (tokens)", "loss (nats per token)")
+    yield "loss_by_position.png", png(_line_plot(table, labels, "loss", x="position", margin=1.02, color=STRONG)[0])
     if calibration:
         yield "calibration.png", reliability(read_table(calibration))
 
 
 def loss(training: Columns, validation: Columns) -> bytes:
     """Training and validation loss by step; the last validation loss is annotated."""
-    figure, axes = _axes("step", "loss (nats per token)")
-    axes.plot(training["step"], training["train_loss"], color=PALE, linewidth=1, label="training")
+    labels = "step", "loss (nats per token)"
+    figure, axes = _line_plot(training, labels, "train_loss", color=PALE, linewidth=1, label="training")
     if validation["step"]:
-        axes.plot(*_xy(validation, "val_loss"), color=STRONG, marker="o", markersize=4, label="validation")
-        end = validation["step"][-1], validation["val_loss"][-1]
-        axes.annotate(f"{end[1]:.3f}", end, xytext=(6, 4), textcoords="offset points")
-    axes.set_xlim(0, max(training["step"]) * 1.07 or 1)
+        steps, losses = validation["step"], validation["val_loss"]
+        axes.plot(steps, losses, color=STRONG, marker="o", markersize=4, label="validation")
+        axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(6, 4), textcoords="offset points")
     axes.legend(frameon=False)
-    return png(figure)
-
-
-def learning_rate(rate: Columns) -> bytes:
-    """The learning rate by step."""
-    figure, axes = _axes("step", "learning rate")
-    axes.plot(*_xy(rate, "learning_rate"), color=STRONG)
-    axes.set_xlim(0, max(rate["step"]) * 1.07 or 1)
-    axes.set_ylim(bottom=0)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
-    return png(figure)
-
-
-def loss_by_position(table: Columns) -> bytes:
-    """The mean loss by position in the context."""
-    figure, axes = _axes("position in the context (tokens)", "loss (nats per token)")
-    axes.plot(table["position"], table["loss"], color=STRONG)
-    axes.set_xlim(0, max(table["position"]) * 1.02)
     return png(figure)
 
 
 def reliability(table: Columns) -> bytes:
     """The reliability diagram: accuracy by predicted probability; the area of a point is its number of predictions."""
-    figure, axes = _axes("predicted probability", "accuracy")
+    diagonal = {"x": [0.0, 1.0], "y": [0.0, 1.0]}
+    labels = "predicted probability", "accuracy"
+    figure, axes = _line_plot(diagonal, labels, "y", x="x", color=GREY, linewidth=1, linestyle="--")
     most = max(table["predictions"], default=0) or 1
     areas = [4 + 120 * count / most for count in table["predictions"]]
-    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--")
     axes.scatter(table["probability"], table["right"], s=areas, color=STRONG, alpha=0.8, linewidths=0)
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
     return png(figure)
@@ -98,15 +79,15 @@ def _columns(points: Iterable[Mapping[str, float]], name: str) -> Columns:
     return {"step": [point["step"] for point in having], name: [point[name] for point in having]}
 
 
-def _xy(columns: Columns, name: str) -> tuple[Sequence[float], Sequence[float]]:
-    return columns["step"], columns[name]
-
-
-def _axes(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+def _line_plot(
+    table: Columns, labels: tuple[str, str], y: str, *, x: str = "step", margin: float = 1.07, **style: Any
+) -> tuple[Figure, Axes]:
+    """A plot of one column by another, from 0 to the largest x times the margin."""
+    figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.set(xlabel=x, ylabel=y)
+    axes.plot(table[x], table[y], **style)
+    axes.set(xlabel=labels[0], ylabel=labels[1], xlim=(0, max(table[x]) * margin or 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)

@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages import child, run_record
+from stages import run_record
+from stages.entry import enter
 from stages.publish import brief, connect, publish_if_unlocked, tracking_uri, without_credentials
 from stages.run_record import Record
 
@@ -17,7 +18,6 @@ from stages.run_record import Record
 def main(_arguments: Sequence[str]) -> int:
     """Publish every run folder; returns 1 if the store failed."""
     root = run_record.main_workspace()
-    run_record.drop_states(root)
     runs = [run for run in reversed(run_record.runs(root)) if run_record.read(run, "train")]
     if not runs:
         return 0
@@ -48,4 +48,4 @@ def save_lock_file(lock: Path, runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    child.enter("sync", main)
+    enter("sync", main)

@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,14 @@ from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpu
 from gpt.training.fingerprint import run_key
 from stages import child, run_record, torchrun
 from stages.command_line import CommandLine
-from stages.publish import Publisher, logged_params, prepare_plots, provenance, publish_run, rendered
+from stages.entry import enter
+from stages.publish import publish_run
 from stages.run_record import HistoryReader, Record
-from stages.stage_inputs import refuse_edited_inputs
+from stages.stage import Stage, provenance
 
 if TYPE_CHECKING:
-    from stages.mlflow_store import Store, SystemMetrics, TrackedRun
+    from stages.mlflow_store import Store, TrackedRun
 
-PARAMS = ("download", "tokenize", "model", "train")  # the sections that determine a trained model: the run's params
 LOCK_S = 5  # a run of the same key that has just ended needs about as long to publish
 METRICS = {"val_loss": "best_val_loss", "best_step": "best_step"}  # of metrics/train.json, without a series by step
 
@@ -35,9 +34,7 @@ def main(words: Sequence[str]) -> int:
         UserError: an option or a key that is needed to start is missing or wrong.
 
     """
-    root, began = run_record.main_workspace(), time.time()
-    run_record.drop_states(root)
-    command = CommandLine(words)
+    command, root = CommandLine(words), run_record.main_workspace()
     params_file = command.path("--params")
     params = read_params(params_file, command.changes)
     launch = check_section(params_file, "launch", LaunchParams, params)
@@ -46,30 +43,26 @@ def main(words: Sequence[str]) -> int:
     command = command.with_default("--timeout", launch.timeout)
     if message := torchrun.command_for_other_nodes(command.words, environment):
         print(message, flush=True)
-    command = command.with_default("--run-dir", root / ".runs" / key)
-    command = command.with_logs(root, command.path("--run-dir") / "logs" / "train.log")
-    training = _Training(command, root, began)
-    about = training.folder.name
-    code = child.run(command, stage="train", about=about, environment=environment, on_poll=training.on_poll)
-    training.end(code)
-    return code
+    return Train(command.with_default("--run-dir", root / ".runs" / key)).run(environment)
 
 
-class _Training:
-    """One training as its wrapper sees it: the run folder, and the MLflow run once the training has started."""
+class Train(Stage):
+    """The stage train: publishes live, in a run that is created once the training has started."""
 
-    def __init__(self, command: CommandLine, root: Path, began: float) -> None:
-        self._command, self._root, self._began = command, root, began
-        self.folder = command.path("--run-dir")
-        # As they are at the start: the user may edit the file during the training.
+    name, sections = "train", ("download", "tokenize", "model", "train")  # those that determine a trained model
+    outputs = ("--metrics", "--history", "--validation")
+    has_plots = True
+
+    def __init__(self, command: CommandLine) -> None:
+        """Remember the state before the training."""
+        folder = command.path("--run-dir")
+        super().__init__(command, folder, folder.name)
         self._params_text = command.path("--params").read_text(encoding="utf-8")
-        self._params = logged_params(command, *PARAMS)
-        self._publisher = Publisher("train", root)
-        self._history = self.folder / "history.jsonl"
+        self._history = folder / "history.jsonl"
         self._stamp = _stamp(self._history)
         self._lock: AbstractContextManager[object] | None = None  # held from the start of the training to our exit
         self._live: tuple[TrackedRun, HistoryReader] | None = None
-        self._system: SystemMetrics | None = None
+        self._stop_monitor: Callable[[], None] | None = None
 
     def on_poll(self) -> None:
         """Log what is new in the history; the MLflow run is created when the history changes for the first time.
@@ -77,87 +70,70 @@ class _Training:
         A command that refuses its input writes no history: it leaves the MLflow run of an earlier training unchanged.
         """
         if not self._lock and _stamp(self._history) != self._stamp:
-            with self._publisher.tolerating_errors(str(self.folder)):
+            with self.publisher.tolerating_errors(str(self.folder)):
                 self._lock = run_record.try_lock(self.folder)
                 if self._lock:
                     run_record.mark_unpublished(self.folder)
                     run_record.save(self.folder, self._record("RUNNING"), {})
             self._stamp = _stamp(self._history)  # without the lock, it is a run of the same key that we wait for
-        self._publisher.attempt(self._log_live if self._lock else lambda _store: None)
-        prepare_plots()
+        super().on_poll()
 
-    def end(self, code: int) -> None:
-        """Write the final record, publish everything, delete the oldest run folders."""
-        changed = self._lock or _stamp(self._history) != self._stamp
-        refused = code == 2 or run_record.read(self.folder, "train")  # or failed before it touched the history
-        with self._publisher.tolerating_errors(str(self.folder)):
-            if self._system:
-                self._system.stop()
-            if not self._lock and (changed or not refused):
-                self._lock = run_record.try_lock(self.folder, wait_s=LOCK_S)
-            if self._lock:
-                run_record.mark_unpublished(self.folder)
-                run_record.save(self.folder, self._record(child.status_of(code)), self._artifacts(code))
-                self._publisher.attempt(self._publish, last=True)
-            elif code == 2 and not self._history.exists():  # a refused command leaves no run folder
-                shutil.rmtree(self.folder / "logs", ignore_errors=True)
-                with suppress(OSError):
-                    self.folder.rmdir()
-            run_record.prune(self._root, current=self.folder)
-
-    def _publish(self, store: "Store") -> None:
-        publish_run(store, self.folder)
-        run_record.mark_published(self.folder)
-
-    def _log_live(self, store: "Store") -> None:
+    def publish_live(self, store: "Store") -> None:
+        """Log the new points of the history, once the training has started."""
+        if not self._lock:
+            return
         live, self._live = self._live, None  # after a failure the history is read again; known steps are skipped
         if not live:
             record = self._record("RUNNING")
             live = store.find_or_create("run.key", self.folder.name, record), HistoryReader(self._history)
             live[0].start(record)
-            self._system = self._system or live[0].monitor_system()
+            self._stop_monitor = self._stop_monitor or live[0].monitor_system()
         live[0].log_history(live[1].new_points())
         self._live = live
 
-    def _record(self, status: str) -> Record:
-        """What is known of the training; its results only if it is finished, since older ones may be present before."""
-        finished = status == "FINISHED"
-        checkpoint = self._command.path("--checkpoint")
-        sha256 = sha256_file(checkpoint) if finished and checkpoint.is_file() else ""
-        metrics = _read(self._command.path("--metrics")) if finished else {}
-        name, tags = provenance()
-        tags = tags | {"run.key": self.folder.name} | ({"checkpoint.sha256": sha256} if sha256 else {})
-        if "parameters" in metrics:
-            tags["parameters"] = str(metrics["parameters"])
-        return Record(
-            stage="train",
-            name=name or self.folder.name[:7],
-            status=status,
-            began=self._began,
-            ended=time.time(),
-            checkpoint=sha256,
-            checkpoint_file=str(checkpoint) if sha256 else "",
-            checkpoint_md5=_md5(checkpoint) if sha256 else "",
-            changes=self._command.changes,
-            tags=tags,
-            params=self._params,
-            metrics={name: metrics[key] for key, name in METRICS.items() if key in metrics},
-            dataset=_read(self._command.path("--tokens") / "meta.json"),
-        )
+    def end(self, code: int) -> None:
+        """Write the final record, publish everything, delete the oldest run folders."""
+        changed = self._lock or _stamp(self._history) != self._stamp
+        refused = code == 2 or run_record.read(self.folder, "train")  # or failed before it touched the history
+        if self._stop_monitor:
+            self._stop_monitor()
+        if not self._lock and (changed or not refused):
+            self._lock = run_record.try_lock(self.folder, wait_s=LOCK_S)
+        if self._lock:
+            run_record.mark_unpublished(self.folder)
+            record = self._record(child.status_of(code))
+            self.save(record, {"params.yaml": self._params_text}, with_outputs=not code)
+            self.publisher.attempt(self._publish, last=True)
+        elif code == 2 and not self._history.exists():  # a refused command leaves no run folder
+            shutil.rmtree(self.folder / "logs", ignore_errors=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+        run_record.prune(self.root, current=self.folder)
 
-    def _artifacts(self, code: int) -> dict[str, Path | str | bytes]:
-        logs = self.folder / "logs" / "train.log"
-        found: dict[str, Path | str | bytes] = {"params.yaml": self._params_text, "logs/train.log": logs}
-        if not code:
-            for name in ("--metrics", "--history", "--validation"):
-                path = self._command.path(name)
-                found[path.name] = path
-        return found | rendered("train", self._plots)
-
-    def _plots(self) -> Iterable[tuple[str, bytes]]:
+    def plots(self) -> Iterator[tuple[str, bytes]]:
+        """Losses and learning rate."""
         from stages.run_plots import of_training  # noqa: PLC0415 (imports matplotlib)
 
-        return of_training(HistoryReader(self._history).new_points())
+        yield from of_training(HistoryReader(self._history).new_points())
+
+    def _publish(self, store: "Store") -> None:
+        publish_run(store, self.folder)
+        run_record.mark_published(self.folder)
+
+    def _record(self, status: str) -> Record:
+        """What is known of the training; its results only if it is finished, since older ones may be present before."""
+        checkpoint = self.command.path("--checkpoint")
+        tags, results = provenance()[1] | {"run.key": self.folder.name}, dict[str, Any]()
+        if status == "FINISHED" and checkpoint.is_file():
+            metrics, sha256 = _read(self.command.path("--metrics")), sha256_file(checkpoint)
+            tags["checkpoint.sha256"] = sha256
+            if "parameters" in metrics:
+                tags["parameters"] = str(metrics["parameters"])
+            results = {"checkpoint": sha256, "checkpoint_file": str(checkpoint), "checkpoint_md5": _md5(checkpoint)}
+            results["metrics"] = {name: metrics[key] for key, name in METRICS.items() if key in metrics}
+        dataset = _read(self.command.path("--tokens") / "meta.json")
+        changes = self.command.changes
+        return self.record(status=status, tags=tags, params=self.params, changes=changes, dataset=dataset, **results)
 
 
 def _processes(launch: LaunchParams, train: dict[str, Any]) -> int:
@@ -198,4 +174,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    child.enter("train", refuse_edited_inputs("train", main))
+    enter("train", main)

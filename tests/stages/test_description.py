@@ -54,8 +54,8 @@ def test_a_sample_of_any_text_fits_into_a_code_block_and_a_tag(run: Path) -> Non
     generate = Record(stage="generate", began=0, ended=1, tags={"generate.prompts": '["it\'s", "b"]'})
     save(run, generate, {"logs/generate.log": "no sample", "text.txt": "a ```` b\n" * 5000})
     text = description(run, "0123")
-    assert "\n`````\na ```` b\n" in text
-    assert "\n…\n`````\n" in text
+    assert "\n\n    a ```` b\n" in text
+    assert "\n    …\n" in text
     assert """--prompt 'it'"'"'s'""" in text
     assert "no sample" not in text
     assert len(text) < 8000
@@ -63,11 +63,13 @@ def test_a_sample_of_any_text_fits_into_a_code_block_and_a_tag(run: Path) -> Non
 
 
 def test_lines_of_code_blocks_fit_on_the_screen(run: Path) -> None:
-    words = "one  line \t of   words " * 40
+    words = "one  line of   words " * 40
     save(run, Record(stage="generate", began=0, ended=1), {"text.txt": f"{words}\n\n{'x' * 300}\n"})
     changes = [f"train.learning_rate=0.00{number}" for number in range(9)]
     save(run, TRAIN.model_copy(update={"changes": changes}), {})
-    blocks = description(run, "0123456789abcdef" * 2).split("```\n")[1::2]
-    assert max(len(line) for block in blocks for line in block.splitlines()) <= WIDTH
-    assert blocks[0].replace("\n", "") == words + "x" * 300
-    assert blocks[1].count(" -S ") == len(changes)
+    text = description(run, "0123456789abcdef" * 2)
+    sample = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    commands = text.split("```\n")[1]
+    assert max(len(line) for line in (*sample, *commands.splitlines())) <= WIDTH
+    assert "".join(sample) == words + "x" * 300
+    assert commands.count(" -S ") == len(changes)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.publish import rendered
 from stages.run_plots import of_evaluation, of_training
+from stages.stage import rendered
 
 POINTS = [{"step": step, "train_loss": 4 - step / 50, "learning_rate": step / 9e3, "time": step} for step in range(9)]
 
@@ -28,7 +28,7 @@ def test_equal_numbers_give_equal_plots(tmp_path: Path) -> None:
 def test_a_plot_that_fails_costs_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     positions = tmp_path / "positions.csv"
     positions.write_text("position,loss\n1,4.1\n")
-    found = rendered("evaluate", lambda: of_evaluation(positions, tmp_path / "missing.csv", tmp_path))
+    found = rendered("evaluate", of_evaluation(positions, tmp_path / "missing.csv", tmp_path))
     assert list(found) == ["pictures/loss_by_position.png"]
     err = capsys.readouterr().err
     assert err.startswith("stages.evaluate: some plots are missing: FileNotFoundError")

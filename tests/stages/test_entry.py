@@ -1,11 +1,13 @@
 """Edits of a stage's params and code while it runs."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from stages.stage_inputs import refuse_edited_inputs
+from gpt.core.errors import UserError
+from stages.entry import run_checked
 from tests.support.common import write_params
 
 DVC_YAML = """\
@@ -39,15 +41,17 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (lambda: Path("weights").write_text("of another stage"), ""),
     ],
 )
-def test_edited_inputs_are_named_and_refused(
-    project: Path, edit: Callable[[], object], names: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = refuse_edited_inputs("generate", lambda _: (edit() and 0) or 0)(["--params", "params.yaml"])
-    err = capsys.readouterr().err
-    assert code == (2 if names else 0)
-    assert err.startswith(f"stages.generate: {names} changed while the stage ran") if names else not err
+@pytest.mark.usefixtures("project")
+def test_edited_inputs_are_named_and_refused(edit: Callable[[], object], names: str) -> None:
+    def main(_words: object) -> int:
+        edit()
+        return 0
+
+    refused = pytest.raises(UserError, match=f"{names} changed while the stage ran") if names else nullcontext()
+    with refused:
+        assert run_checked(main, ["--params", "params.yaml"]) == 0
 
 
-def test_without_dvc_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_code_of_the_command_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_STAGE", raising=False)
-    assert refuse_edited_inputs("generate", lambda _: 7)([]) == 7
+    assert run_checked(lambda _: 7, []) == 7

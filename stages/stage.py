@@ -1,0 +1,177 @@
+"""What all stages share: run the command, keep record and artifacts in a run folder, publish them to MLflow."""
+
+import getpass
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt.core.files import sha256_file
+from gpt.core.params import read_params
+from stages import child, run_record
+from stages.command_line import CommandLine
+from stages.publish import Publisher, brief, publish_run, without_credentials
+from stages.run_record import Record
+
+if TYPE_CHECKING:
+    from stages.mlflow_store import Store
+
+
+class Stage:
+    """One execution of a stage. A subclass names the stage, what it publishes, and how."""
+
+    name: str
+    sections: tuple[str, ...]  # of the params file, that are published
+    outputs: tuple[str, ...]  # options of the command whose files become artifacts
+    optional_outputs: tuple[str, ...] = ()
+    has_plots = False
+
+    def __init__(self, command: CommandLine, folder: Path, about: str) -> None:
+        """Read what the user may edit while the command runs.
+
+        Args:
+            folder: the run folder, or a temporary one.
+            about: the run's key or the checkpoint's SHA-256.
+
+        """
+        self.root, self.began = run_record.main_workspace(), time.time()
+        self.folder, self.about = folder, about
+        self.log = folder / "logs" / f"{self.name}.log"
+        logs = command.with_default("--log-file", self.root / "gpt_nano.log")
+        self.command = logs.with_option("--log-file", self.log)
+        self.params = logged_params(command, *self.sections)
+        self.publisher = Publisher(self.name, self.root)
+
+    def run(self, environment: Mapping[str, str] = {}) -> int:
+        """Run the command and publish its results; returns its exit code."""
+        code = child.run(self.command, stage=self.name, about=self.about, environment=environment, on_poll=self.on_poll)
+        with self.publisher.tolerating_errors("its results"):
+            self.end(code)
+        return code
+
+    def on_poll(self) -> None:
+        """Prepare the publication while the command runs."""
+        self.publisher.attempt(self.publish_live)
+        if self.has_plots:
+            with suppress(Exception):  # `rendered` will report it
+                import_module("stages.run_plots")  # imports matplotlib, which takes half a second
+
+    def publish_live(self, store: "Store") -> None:
+        """Publish what the command has written so far."""
+
+    def end(self, code: int) -> None:
+        """Save and publish the results after the command has ended."""
+        raise NotImplementedError
+
+    def plots(self) -> Iterable[tuple[str, bytes]]:
+        """Names and PNGs; a generator, so that its errors are tolerated."""
+        return ()
+
+    def record(self, **results: Any) -> Record:
+        """The record of this stage with these results."""
+        name = provenance()[0] or self.about[:7]
+        return Record(stage=self.name, name=name, began=self.began, ended=time.time(), **results)
+
+    def save(self, record: Record, artifacts: Mapping[str, Path | str | bytes], *, with_outputs: bool) -> None:
+        """Save a record in the run folder with these artifacts, the log, the plots and the command's output files."""
+        options = self.outputs + self.optional_outputs if with_outputs else ()
+        paths = [self.command.optional_path(option) for option in options]
+        outputs = {path.name: path for path in paths if path}
+        plots = rendered(self.name, self.plots())
+        run_record.save(self.folder, record, {**artifacts, **outputs, f"logs/{self.log.name}": self.log, **plots})
+
+
+class CheckpointStage(Stage):
+    """A stage that reads a checkpoint and publishes its results on the run of that checkpoint."""
+
+    def __init__(self, command: CommandLine, temporary: Path) -> None:
+        """Find the run folder of the checkpoint; the temporary one serves for a checkpoint from elsewhere."""
+        checkpoint = command.path("--checkpoint")
+        sha256 = sha256_file(checkpoint) if checkpoint.is_file() else ""
+        run = run_record.run_of_checkpoint(run_record.main_workspace(), sha256)
+        self._known = run is not None
+        super().__init__(command, run or temporary, sha256)
+        for option in self.outputs:
+            command.path(option)  # raises if it is missing
+
+    @classmethod
+    def main(cls, words: Sequence[str]) -> int:
+        """Run the command and publish its results; returns its exit code."""
+        with tempfile.TemporaryDirectory() as temporary:
+            return cls(CommandLine(words), Path(temporary)).run()
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics that the command wrote."""
+        return {}
+
+    def end(self, code: int) -> None:
+        """Publish the results of a command that succeeded."""
+        if not code:
+            tags = {**self.params, "checkpoint.sha256": self.about}
+            record = self.record(tags=tags, metrics=self.metrics())
+            self.save(record, {}, with_outputs=True)
+            self.publisher.attempt(lambda store: self._publish(store, record), last=True)
+
+    def _publish(self, store: "Store", record: Record) -> None:
+        """Publish on the run of this run folder or, for a checkpoint without one, on the run with its SHA-256."""
+        if not self._known:
+            run = store.find("checkpoint.sha256", self.about)
+            if not run:
+                run = store.find_or_create("checkpoint.sha256", self.about, record)
+                run.finish(record)
+            run.publish(self.folder, record)
+        elif run := store.find("run.key", self.folder.name):
+            run.publish(self.folder, record)
+            run.describe(self.folder)
+        else:
+            publish_run(store, self.folder)
+
+
+@cache  # at the start of the stage: the user may commit while it runs
+def provenance() -> tuple[str, dict[str, str]]:
+    """The name of a new run (the DVC experiment or the short commit), and tags of its origin."""
+    experiment, commit = os.environ.get("DVC_EXP_NAME", ""), _git("rev-parse", "HEAD")
+    changed = ", ".join(_git("diff", "--name-only", "HEAD", "--", "*.py", "dvc.yaml").splitlines())
+    tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "git.changed": changed}
+    tags["dvc.exp_name"] = experiment
+    with suppress(OSError, KeyError):  # the user has no name
+        tags["mlflow.user"] = getpass.getuser()
+    return experiment or commit[:7], {name: value for name, value in tags.items() if value}
+
+
+def _git(*arguments: str) -> str:
+    """The output of git; empty without git or a repository."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def logged_params(command: CommandLine, *sections: str) -> dict[str, str]:
+    """Sections of the command's params file with its overrides, flat and as text, without passwords and queries."""
+    file = command.optional_path("--params")
+    if not file:
+        return {}
+    params = read_params(file, command.changes)
+    if isinstance(params.get("download"), dict) and isinstance(sources := params["download"].get("sources"), list):
+        shown = [without_credentials(str(source)).partition("?") for source in sources]
+        params["download"]["sources"] = [address + ("?…" if query else "") for address, _, query in shown]
+    return run_record.flatten(params, sections)
+
+
+def rendered(stage: str, plots: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
+    """Plots by their artifact paths; an error costs a warning and the remaining plots."""
+    found: dict[str, bytes] = {}
+    try:
+        for name, content in plots:
+            found[f"pictures/{name}"] = content
+    except Exception as error:  # of matplotlib, or of an invalid table
+        print(f"stages.{stage}: some plots are missing: {brief(error)}", file=sys.stderr)
+    return found

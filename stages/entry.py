@@ -4,7 +4,6 @@ DVC hashes params and code again when the stage has ended, and records those has
 its run cache. After an edit the result would be recorded under inputs that did not produce it.
 """
 
-import gc
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from ruamel.yaml import YAML
 from gpt.core.errors import UserError
 from gpt.core.files import sha256_file
 from gpt.core.params import read_params
+from gpt.fast_import import skip_final_collection
 from stages.child import end_with_parent
 from stages.command_line import CommandLine
 from stages.run_record import drop_states, flatten, main_workspace
@@ -36,7 +36,7 @@ def enter(stage: str, main: Callable[[Sequence[str]], int]) -> NoReturn:
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    gc.freeze()  # the last collection at exit would search all of MLflow's objects, for half a second
+    skip_final_collection()
     sys.exit(code)
 
 

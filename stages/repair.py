@@ -1,8 +1,7 @@
 """`python -m stages.repair`: repair the files that dvc can no longer read after it was killed while it wrote them.
 
-DVC writes its lock list `.dvc/tmp/rwlock`, `dvc.lock` and the entries of its run cache in place. A kill or a power
-failure at that moment leaves them truncated, and every later `dvc repro` fails. The repair loses no result: DVC finds
-the results of the stages again in its run cache. While a dvc is active, nothing is changed.
+DVC writes `.dvc/tmp/rwlock`, `dvc.lock` and its run cache in place. After a kill at that moment every `dvc repro`
+fails. No result is lost: DVC finds it in its run cache. While a dvc is active, nothing is changed.
 """
 
 import fcntl
@@ -43,9 +42,7 @@ def repair(root: Path) -> Iterator[str]:
 def _repair_rwlock(path: Path) -> Iterator[str]:
     """Delete the lock list if it is no JSON; entries of dead processes are ignored by dvc itself."""
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        pass
+        json.loads(path.read_text(encoding="utf-8") if path.exists() else "{}")
     except ValueError:
         path.unlink()
         yield f"deleted {RWLOCK}: it was no valid JSON"
@@ -55,7 +52,9 @@ def _repair_lock_file(root: Path) -> Iterator[str]:
     """Restore dvc.lock from git, or delete it if git has none; merge conflicts are left to the user."""
     path = root / LOCK_FILE
     content = path.read_bytes() if path.exists() else None
-    if content is None or _is_readable(content) or _has_conflicts(content):
+    if content is None or _is_readable(content):
+        return
+    if any(line.startswith(CONFLICT_MARKERS) for line in content.splitlines()):
         return
     _write(root / BROKEN, content)
     committed = subprocess.run(["git", "show", f"HEAD:./{LOCK_FILE}"], cwd=root, capture_output=True, check=False)
@@ -66,10 +65,6 @@ def _repair_lock_file(root: Path) -> Iterator[str]:
         path.unlink()
         action = "deleted dvc.lock (git has none)"
     yield f"{action}: dvc could not read it; the previous content is in {BROKEN}"
-
-
-def _has_conflicts(content: bytes) -> bool:
-    return any(line.startswith(CONFLICT_MARKERS) for line in content.splitlines())
 
 
 def _is_readable(content: bytes) -> bool:

@@ -1,13 +1,14 @@
 """Character tokenizer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from itertools import chain
+from typing import ClassVar, Self
 
 import numpy as np
 
-from gpt.tokenizers.base import Kind, Tokenizer, Tokens, invalid_tokenizer, is_alphabet
+from gpt.tokenizers.base import Kind, Tokenizer, Tokens
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,12 @@ class CharTokenizer(Tokenizer):
     vocabulary: str
 
     kind: ClassVar[Kind] = "char"
+    expected: ClassVar[str] = "a vocabulary of distinct characters in sorted order"
 
     @classmethod
     def from_chunks(cls, chunks: Iterable[str]) -> Self:
         """Create the tokenizer with the characters of a text that is given in chunks."""
-        characters = set[str]()
-        for chunk in chunks:
-            characters.update(chunk)
-        return cls("".join(sorted(characters)))
+        return cls("".join(sorted(set(chain.from_iterable(chunks)))))
 
     @property
     def alphabet(self) -> str:
@@ -38,18 +37,6 @@ class CharTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> Tokens:
         return np.searchsorted(_code_points(self.vocabulary), _code_points(text)).astype(np.uint32)
-
-    def to_json(self) -> dict[str, Any]:
-        """The vocabulary as one string."""
-        return {"kind": self.kind, "vocabulary": self.vocabulary}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that the characters are distinct and sorted."""
-        vocabulary = value.get("vocabulary")
-        if not is_alphabet(vocabulary):
-            raise invalid_tokenizer(cls.kind, "a vocabulary of distinct characters in sorted order")
-        return cls(vocabulary)
 
 
 def _code_points(text: str) -> Tokens:

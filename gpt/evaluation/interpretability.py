@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt.model.attention import AttentionScores, SelfAttention, reference_attention
+from gpt.model.attention import AttentionInputs, AttentionScores, SelfAttention, reference_attention
 from gpt.model.baselines import Average, Bigram
 from gpt.model.gpt import LanguageModel
 from gpt.model.positions import (
@@ -78,7 +78,8 @@ class ModelInspection:
 @torch.inference_mode()
 def inspect_model(model: LanguageModel, tokens: Sequence[int], decode: Decode) -> ModelInspection:
     """Run a model in float32 on at most `block_size` tokens and record its attention scores."""
-    embeddings_VC = _embeddings(model)[:MAX_EMBEDDINGS]
+    table = "table" if isinstance(model, Bigram) else "token_embedding"
+    embeddings_VC = model.get_parameter(f"{table}.weight")[:MAX_EMBEDDINGS]
     return ModelInspection(
         kind=model.config.kind,
         tokens=tuple(printable_token(decode([token])) for token in tokens),
@@ -131,20 +132,9 @@ def _attention(model: LanguageModel, tokens: Sequence[int]) -> Attention | None:
         for hook in hooks:
             hook.remove()
     if isinstance(model, Average):
-        layers.append(_uniform_attention(len(tokens)))
-    if not layers:
-        return None
-    raw, masked, weights = (
-        _to_numpy(torch.cat([getattr(scores, name) for scores in layers])) for name in ("raw", "masked", "weights")
-    )
-    return Attention(raw, masked, weights)
-
-
-def _uniform_attention(length: int) -> AttentionScores:
-    """A running mean as attention: all scores are 0, so that softmax gives equal weights."""
-    raw_BHTT = torch.zeros(1, 1, length, length)
-    masked_BHTT = raw_BHTT.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
-    return AttentionScores(raw_BHTT, masked_BHTT, masked_BHTT.softmax(-1))
+        zeros_BHTD = torch.zeros(1, 1, len(tokens), 1)  # a running mean is attention with equal scores
+        layers.append(reference_attention(AttentionInputs(zeros_BHTD, zeros_BHTD, zeros_BHTD, bias=None, mask=None))[1])
+    return Attention(*(_to_numpy(torch.cat(scores)) for scores in zip(*layers, strict=True))) if layers else None
 
 
 def _positions(model: LanguageModel) -> Positions | None:
@@ -165,12 +155,6 @@ def _positions(model: LanguageModel) -> Positions | None:
         return None
     scheme = model.config.position
     return Positions(scheme, _to_numpy(torch.cat(values) if scheme == "relative" else values[0]))
-
-
-def _embeddings(model: LanguageModel) -> Tensor:
-    part = model.table if isinstance(model, Bigram) else model.get_submodule("token_embedding")
-    assert isinstance(part, nn.Embedding)
-    return part.weight
 
 
 def _to_numpy(values: Tensor) -> Numbers:

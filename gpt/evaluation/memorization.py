@@ -80,7 +80,7 @@ def _longest_copy(text: str, windows: _Windows) -> str:
 def _assign_ids(text: Numbers, corpus: Numbers, length: int) -> _Windows:
     """Number the distinct values of the text from 1; values of the corpus that are not in the text get 0."""
     ids, values = pd.factorize(text)
-    return _Windows(ids + 1, pd.Index(values).get_indexer(corpus) + 1, length)
+    return _Windows(ids + 1, pd.Index(values).get_indexer(pd.Index(corpus)) + 1, length)
 
 
 def _code_points(text: str) -> Numbers:

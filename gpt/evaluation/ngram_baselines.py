@@ -10,11 +10,6 @@ from torch import Tensor
 from gpt.data.token_files import Split
 
 
-def uniform_loss(vocab_size: int) -> float:
-    """The loss in nats of a model that gives every token the same probability."""
-    return float(np.log(vocab_size))
-
-
 def unigram_loss(train: Split, val_targets: Split, vocab_size: int) -> float:
     """The loss in nats of token frequencies in the training split, with add-one (Laplace) smoothing."""
     counts = np.bincount(train, minlength=vocab_size) + 1

@@ -5,6 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -31,10 +32,10 @@ class Tokenizer(ABC):
     kind: ClassVar[Kind]
     expected: ClassVar[str]  # what the fields have to be, for an error message
 
-    @property
-    @abstractmethod
+    @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
         """The UTF-8 bytes of each token, indexed by token ID; tokens of byte-level kinds may split a character."""
+        return tuple(token.encode() for field in fields(self) for token in getattr(self, field.name))
 
     @abstractmethod
     def _encode(self, text: str) -> Iterable[int]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from typing import ClassVar, Self
 
@@ -29,11 +28,6 @@ class CharTokenizer(Tokenizer):
     def alphabet(self) -> str:
         """The vocabulary."""
         return self.vocabulary
-
-    @cached_property
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """The UTF-8 bytes of each character."""
-        return tuple(character.encode() for character in self.vocabulary)
 
     def _encode(self, text: str) -> Tokens:
         return np.searchsorted(_code_points(self.vocabulary), _code_points(text)).astype(np.uint32)

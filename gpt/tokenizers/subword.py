@@ -153,11 +153,6 @@ class WordPieceTokenizer(Tokenizer):
         """The beginnings of one character."""
         return "".join(sorted(token for token in self.beginnings if len(token) == 1))
 
-    @cached_property
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """The UTF-8 bytes of beginnings and continuations."""
-        return tuple(token.encode() for token in (*self.beginnings, *self.continuations))
-
     def _encode(self, text: str) -> list[int]:
         return self._engine.encode(text, add_special_tokens=False).ids
 

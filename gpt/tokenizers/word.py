@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Self
 
 from gpt.tokenizers.base import MIN_FREQUENCY, Kind, Tokenizer, check_vocab_size
@@ -41,11 +40,6 @@ class WordTokenizer(Tokenizer):
     def alphabet(self) -> str:
         """The characters that are tokens."""
         return self.characters
-
-    @cached_property
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """The UTF-8 bytes of characters and words."""
-        return tuple(token.encode() for token in (*self.characters, *self.words))
 
     def _encode(self, text: str) -> list[int]:
         ids = {token: number for number, token in enumerate((*self.characters, *self.words))}

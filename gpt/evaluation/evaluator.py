@@ -6,7 +6,6 @@ from itertools import chain, islice, tee
 from operator import itemgetter
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field
@@ -17,7 +16,7 @@ from gpt.data.token_files import TokenData
 from gpt.evaluation.calibration import calibration_error, calibration_table, predictions
 from gpt.evaluation.interpretability import ModelInspection, inspect_model
 from gpt.evaluation.memorization import WINDOW, Copies, find_copies
-from gpt.evaluation.ngram_baselines import bigram_loss, mean_by_position, unigram_loss
+from gpt.evaluation.ngram_baselines import bigram_loss, loss_by_position, unigram_loss
 from gpt.generation.decoding import generate_tokens
 from gpt.generation.sampling import SamplingParams
 from gpt.model.checkpoint import Checkpoint
@@ -60,7 +59,6 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     by_batch, probability, correct = predictions(model, windows, device, precision)
     nats = math.fsum(float(batch.sum()) for batch in by_batch)
     bits = nats / math.log(2) / data.meta.val_characters
-    means, counts = mean_by_position(by_batch)
     calibration = calibration_table(probability, correct)
     samples = _generate(model, data.tokenizer, characters=params.sample_characters, seed=params.seed)
     real_texts = _validation_texts(data, count=SAMPLES, length=len(samples[0]))
@@ -75,7 +73,7 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     accuracy = f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['calibration_error']:.1%}"
     return Evaluation(
         metrics,
-        pd.DataFrame({"position": np.arange(1, len(means) + 1), "loss": means, "predictions": counts}),
+        loss_by_position(by_batch),
         calibration,
         [_loss_summary(nats / len(data.val), bits, data), accuracy, _memorization_summary(copies, reference)],
     )

@@ -4,6 +4,7 @@ Shapes: L layers of H heads; T tokens; C channels; V tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gpt.model import positions
 from gpt.model.attention import AttentionInputs, AttentionScores, SelfAttention, reference_attention
 from gpt.model.baselines import Average, Bigram
 from gpt.model.gpt import LanguageModel
-from gpt.model.positions import (
-    AlibiPositions,
-    LearnedPositions,
-    RelativePositions,
-    RotaryPositions,
-    SinusoidalPositions,
-)
 
 Numbers = np.ndarray[Any, np.dtype[np.float32]]
-Decode = Callable[[Iterable[int]], str]  # Tokenizer.decode
 
 MAX_EMBEDDINGS = 80  # of a larger vocabulary only the first ones are compared
 WHITESPACE_SYMBOLS = {" ": "␣", "\n": "↵", "\t": "⇥"}
@@ -76,7 +70,9 @@ class ModelInspection:
 
 
 @torch.inference_mode()
-def inspect_model(model: LanguageModel, tokens: Sequence[int], decode: Decode) -> ModelInspection:
+def inspect_model(
+    model: LanguageModel, tokens: Sequence[int], decode: Callable[[Iterable[int]], str]
+) -> ModelInspection:
     """Run a model in float32 on at most `block_size` tokens and record its attention scores."""
     table = "table" if isinstance(model, Bigram) else "token_embedding"
     embeddings_VC = model.get_parameter(f"{table}.weight")[:MAX_EMBEDDINGS]
@@ -125,12 +121,11 @@ def _attention(model: LanguageModel, tokens: Sequence[int]) -> Attention | None:
         assert isinstance(layer, SelfAttention)
         layers.append(reference_attention(layer.attention_inputs(inputs[0]))[1])
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in model.modules() if isinstance(layer, SelfAttention)]
-    try:
+    with ExitStack() as hooks:
+        for layer in model.modules():
+            if isinstance(layer, SelfAttention):
+                hooks.enter_context(layer.register_forward_pre_hook(record))
         model(torch.tensor([list(tokens)], device=model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     if isinstance(model, Average):
         zeros_BHTD = torch.zeros(1, 1, len(tokens), 1)  # a running mean is attention with equal scores
         layers.append(reference_attention(AttentionInputs(zeros_BHTD, zeros_BHTD, zeros_BHTD, bias=None, mask=None))[1])
@@ -138,23 +133,21 @@ def _attention(model: LanguageModel, tokens: Sequence[int]) -> Attention | None:
 
 
 def _positions(model: LanguageModel) -> Positions | None:
-    values = []
+    values = []  # those of every layer are equal, except the trained ones of the scheme relative
     for part in model.modules():
         match part:
-            case LearnedPositions():
+            case positions.LearnedPositions():
                 values.append(part.table.weight)
-            case SinusoidalPositions():
+            case positions.SinusoidalPositions():
                 values.append(torch.cat([part.table[:, 0::2], part.table[:, 1::2]], dim=1))
-            case RotaryPositions():
+            case positions.RotaryPositions():
                 values.append(part.rotations.real)
-            case RelativePositions():
+            case positions.RelativePositions():
                 values.append(part.table.weight.norm(dim=-1)[None])
-            case AlibiPositions():
+            case positions.AlibiPositions():
                 values.append(-part.slopes[:, 0] * torch.arange(model.config.block_size, device=model.device))
-    if not values:
-        return None
     scheme = model.config.position
-    return Positions(scheme, _to_numpy(torch.cat(values) if scheme == "relative" else values[0]))
+    return Positions(scheme, _to_numpy(torch.cat(values if scheme == "relative" else values[:1]))) if values else None
 
 
 def _to_numpy(values: Tensor) -> Numbers:

@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from gpt.tokenizers.base import Tokens
+from gpt.tokenizers.char import code_points
+
 WINDOW = 30  # characters; a longer match is rarely a coincidence
 BORDER = -1  # stands between two texts; it is no character, so no copy continues across it
 
@@ -28,8 +31,8 @@ class Copies:
 
 def find_copies(texts: Sequence[str], corpus: str, window: int = WINDOW) -> Copies:
     """Search the corpus for substrings of the texts."""
-    code_points = [part for text in texts for part in (_code_points(text), np.array([BORDER]))][:-1]
-    characters = _assign_ids(np.concatenate([np.empty(0, np.int64), *code_points]), _code_points(corpus), 1)
+    parts = [part for text in texts for part in (code_points(text), np.array([BORDER]))][:-1]
+    characters = _assign_ids(np.concatenate([np.empty(0, np.int64), *parts]), code_points(corpus), 1)
     windows = characters
     while windows.length < window:
         windows = windows.extend(min(2 * windows.length, window))
@@ -77,11 +80,7 @@ def _longest_copy(text: str, windows: _Windows) -> str:
     return text[start : start + longest.length]
 
 
-def _assign_ids(text: Numbers, corpus: Numbers, length: int) -> _Windows:
+def _assign_ids(text: Numbers, corpus: Numbers | Tokens, length: int) -> _Windows:
     """Number the distinct values of the text from 1; values of the corpus that are not in the text get 0."""
     ids, values = pd.factorize(text)
     return _Windows(ids + 1, pd.Index(values).get_indexer(pd.Index(corpus)) + 1, length)
-
-
-def _code_points(text: str) -> Numbers:
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)

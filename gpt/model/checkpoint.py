@@ -150,11 +150,10 @@ class _SkipWeightInit(TorchFunctionMode):
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The differences in names, shapes and types between two sets of weights; empty if there are none."""
-    lines = [f"{name} is missing" for name in expected if name not in found]
-    lines += [f"{name} is unknown" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        wanted, got = (f"{weight.dtype} {list(weight.shape)}" for weight in (expected[name], found[name]))
-        if wanted != got:
-            lines.append(f"{name}: expected {wanted}, found {got}")
-    return "; ".join(sorted(lines))
+    """The differences in names, types and shapes between two sets of weights; empty if there are none."""
+    wanted, got = (
+        {name: f"{weight.dtype} {list(weight.shape)}" for name, weight in weights.items()}
+        for weights in (expected, found)
+    )
+    names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    return "; ".join(f"{name}: expected {wanted.get(name, 'none')}, found {got.get(name, 'none')}" for name in names)

@@ -30,8 +30,9 @@ class CharTokenizer(Tokenizer):
         return self.vocabulary
 
     def _encode(self, text: str) -> Tokens:
-        return np.searchsorted(_code_points(self.vocabulary), _code_points(text)).astype(np.uint32)
+        return np.searchsorted(code_points(self.vocabulary), code_points(text)).astype(np.uint32)
 
 
-def _code_points(text: str) -> Tokens:
+def code_points(text: str) -> Tokens:
+    """The Unicode code point of each character."""
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")

@@ -68,11 +68,9 @@ class BpeTokenizer(Tokenizer):
 
         check_vocab_size(vocab_size, BYTES, "one token for each byte")
         engine = _make_engine(models.BPE())
+        alphabet = list(CHARACTER_TO_BYTE)
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=MIN_FREQUENCY,
-            initial_alphabet=list(CHARACTER_TO_BYTE),
-            show_progress=False,
+            vocab_size=vocab_size, min_frequency=MIN_FREQUENCY, initial_alphabet=alphabet, show_progress=False
         )
         engine.train_from_iterator(chunks, trainer)
         return cls(tuple(" ".join(pair) for pair in json.loads(engine.to_str())["model"]["merges"]))

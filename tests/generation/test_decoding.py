@@ -1,5 +1,7 @@
 """Decoding follows the model's probabilities, and neither the cache nor the batch changes the result."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -7,12 +9,13 @@ from torch import nn
 from gpt.generation.decoding import Decoder, generate_tokens
 from gpt.generation.sampling import SamplingParams
 from gpt.model.baselines import MODEL_CLASSES, make_model
+from gpt.model.config import ModelConfig
 from gpt.model.gpt import GPT, LanguageModel
 from tests.support.common import model_params, strong_model
 
 PROMPTS = [[1], [2, 3, 4, 5, 6], [7] * 8, list(range(11)) * 2]  # shorter than, as long as and longer than the window
 VARIANTS = {
-    **{name: {"position": name} for name in ("learned", "sinusoidal", "relative", "rotary", "alibi", "none")},
+    **{name: {"position": name} for name in get_args(ModelConfig.model_fields["position"].annotation)},
     **{kind: {"kind": kind, "position": "learned"} for kind in MODEL_CLASSES},
     "no n-grams": {"ngram": 1},
 }

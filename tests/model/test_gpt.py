@@ -1,6 +1,7 @@
 """The models compute the published formulas, are causal, and start with small weights."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from gpt.model.attention import SelfAttention, reference_attention, scaled_dot_product
 from gpt.model.baselines import MODEL_CLASSES, make_model
+from gpt.model.config import ModelConfig
 from gpt.model.gpt import ACTIVATIONS, GPT, NgramEmbeddings, ReluSquared, count_parameters, hash_ngrams, next_token_loss
 from gpt.model.positions import REACH, AlibiPositions, RelativePositions, RotaryPositions
 from tests.support.common import model_params, strong_model
@@ -16,7 +18,7 @@ WITH_NGRAMS = model_params(n_layer=3, n_head=2, n_embd=16, block_size=8, ngram_r
 GPT2 = WITH_NGRAMS.model_copy(
     update={"position": "learned", "ngram": 1, "qk_norm": False, "activation": "gelu", "tie_embeddings": True}
 )
-POSITIONS = ["learned", "sinusoidal", "relative", "rotary", "alibi", "none"]
+POSITIONS = get_args(ModelConfig.model_fields["position"].annotation)
 VARIANTS = {
     "gpt2": GPT2,
     "n-grams": WITH_NGRAMS,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from typing import ClassVar, Self
 
 import numpy as np
@@ -22,7 +21,7 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_chunks(cls, chunks: Iterable[str]) -> Self:
         """Create the tokenizer with the characters of a text that is given in chunks."""
-        return cls("".join(sorted(set(chain.from_iterable(chunks)))))
+        return cls("".join(sorted({character for chunk in chunks for character in set(chunk)})))
 
     @property
     def alphabet(self) -> str:

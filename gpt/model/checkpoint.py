@@ -26,7 +26,7 @@ from gpt.tokenizers import tokenizer_from_json
 from gpt.tokenizers.base import Tokenizer
 
 FORMAT = 1
-TRAILER = b"\nchargpt sha256 "
+TRAILER = b"\nchargpt sha256 "  # then 64 hexadecimal digits and a line feed
 TRAILER_LENGTH = len(TRAILER) + 64 + 1
 
 
@@ -50,8 +50,7 @@ class Checkpoint:
 
     def build(self) -> LanguageModel:
         """Construct the model with these weights, on the CPU and in evaluation mode."""
-        with _SkipWeightInit():
-            model = make_model(self.model, self.tokenizer.vocab_size)
+        model = _make_empty_model(self.model, self.tokenizer)
         model.load_state_dict(dict(self.weights))
         return model.eval()
 
@@ -60,16 +59,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and validate every part of it.
 
     Raises:
-        UserError: the file is missing, damaged or of another format, or the weights do not match the configuration.
+        UserError: the file is missing, damaged or of another format, or its content is not valid.
     """
     metadata, tensors = read_tensors(path)
     try:
         config = ModelConfig.model_validate(metadata["model"])
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
         weights, about = tensors["weights"], metadata["about"]
-        with _SkipWeightInit():
-            expected = make_model(config, tokenizer.vocab_size).state_dict()
-        difference = _difference(expected, weights)
+        difference = _difference(_make_empty_model(config, tokenizer).state_dict(), weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UserError) as error:
         reason = "; ".join(str(error).splitlines())
         raise UserError(f"{path}: expected a trained model, found no valid {reason}; train again") from None
@@ -82,10 +79,9 @@ def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str,
     """Write metadata and nested dicts of tensors atomically."""
     buffer = io.BytesIO()  # not a path: torch.save writes the stem of a path into the file
     torch.save({"format": FORMAT, "metadata": canonical_json(metadata), **tensors}, buffer)
-    content = buffer.getbuffer()
     with atomic_write(path) as file:
-        file.write(content)
-        file.write(TRAILER + hashlib.sha256(content).hexdigest().encode() + b"\n")
+        file.write(buffer.getbuffer())
+        file.write(TRAILER + hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,25 +91,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: the file is missing, of another format or damaged, or holds more than plain tensors.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: expected a checkpoint, found: {error.strerror}; train one or correct the path"
-        ) from None
-    content, trailer = data[:-TRAILER_LENGTH], data[-TRAILER_LENGTH:]
-    if not trailer.startswith(TRAILER):
-        raise UserError(
-            f"{path}: expected a checkpoint that ends with its SHA-256, found {len(data):,} bytes without one; "
-            "it is truncated or not a checkpoint of this project: train again or restore it with dvc checkout"
-        )
-    stated, found = trailer[len(TRAILER) : -1].decode("ascii", "replace"), hashlib.sha256(content).hexdigest()
-    if stated != found or trailer[-1:] != b"\n":
-        raise UserError(
-            f"{path}: expected SHA-256 {stated}, found {found}; the file is damaged: "
-            "train again or restore it with dvc checkout"
-        )
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        loaded = torch.load(io.BytesIO(_verified_content(path)), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -128,11 +106,40 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{path}: expected metadata as JSON, found none; train again") from None
 
 
-class _SkipWeightInit(TorchFunctionMode):
-    """Skips the weight initialization of modules constructed in this context, so that their memory is never touched.
+def _verified_content(path: Path) -> bytes:
+    """The bytes of a file without its trailer, if their SHA-256 is the one in the trailer."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected a checkpoint, found: {error.strerror}; train one or correct the path"
+        ) from None
+    content, trailer = data[:-TRAILER_LENGTH], data[-TRAILER_LENGTH:]
+    if not trailer.startswith(TRAILER):
+        raise UserError(
+            f"{path}: expected a checkpoint that ends with its SHA-256, found {len(data):,} bytes without one; "
+            "it is truncated or not a checkpoint of this project: train again or restore it with dvc checkout"
+        )
+    stated, digest = trailer[len(TRAILER) :].decode("ascii", "replace"), hashlib.sha256(content).hexdigest()
+    if stated != f"{digest}\n":
+        raise UserError(
+            f"{path}: expected SHA-256 {stated[:64]}, found {digest}; the file is damaged: "
+            "train again or restore it with dvc checkout"
+        )
+    return content
 
-    The file's configuration may claim any size. (Torch's meta device imports torch's compiler, which takes a second.)
+
+def _make_empty_model(config: ModelConfig, tokenizer: Tokenizer) -> LanguageModel:
+    """Construct a model whose weights have no values: their memory is never touched, whatever size the file claims.
+
+    (Torch's meta device would do as well, but imports torch's compiler, which takes a second.)
     """
+    with _SkipWeightInit():
+        return make_model(config, tokenizer.vocab_size)
+
+
+class _SkipWeightInit(TorchFunctionMode):
+    """Skips the functions of `torch.nn.init`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -143,11 +150,10 @@ class _SkipWeightInit(TorchFunctionMode):
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The differences in names, shapes and types between two sets of weights; empty if there are none."""
-    lines = [f"{name} is missing" for name in expected if name not in found]
-    lines += [f"{name} is unknown" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        wanted, got = (f"{weight.dtype} {list(weight.shape)}" for weight in (expected[name], found[name]))
-        if wanted != got:
-            lines.append(f"{name}: expected {wanted}, found {got}")
-    return "; ".join(sorted(lines))
+    """The differences in names, types and shapes between two sets of weights; empty if there are none."""
+    wanted, got = (
+        {name: f"{weight.dtype} {list(weight.shape)}" for name, weight in weights.items()}
+        for weights in (expected, found)
+    )
+    names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    return "; ".join(f"{name}: expected {wanted.get(name, 'none')}, found {got.get(name, 'none')}" for name in names)

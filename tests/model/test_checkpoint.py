@@ -3,6 +3,7 @@
 import hashlib
 import io
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,8 @@ def sealed_checkpoint(
     *, model: dict[str, object] | None = None, tokenizer: dict[str, object] | None = None, weights: object = None
 ) -> bytes:
     """A checkpoint with a valid trailer and changed metadata or weights."""
-    metadata = {
-        "model": CONFIG.model_dump() | (model or {}),
-        "tokenizer": TOKENIZER.to_json() | (tokenizer or {}),
-        "about": {},
-    }
-    return sealed({"format": FORMAT, "metadata": canonical_json(metadata), "weights": weights or {}})
+    changed = {"model": CONFIG.model_dump() | (model or {}), "tokenizer": TOKENIZER.to_json() | (tokenizer or {})}
+    return sealed({"format": FORMAT, "metadata": canonical_json({**changed, "about": {}}), "weights": weights or {}})
 
 
 def test_loading_restores_everything_and_saving_again_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
@@ -61,12 +58,11 @@ def test_loading_restores_everything_and_saving_again_gives_the_same_bytes(saved
 
 
 def test_truncated_and_corrupted_files_are_refused(saved: Path, tmp_path: Path) -> None:
-    content, path, random_bits = saved.read_bytes(), tmp_path / "damaged.pt", random.Random(0)
-    lengths = [*random_bits.sample(range(len(content)), 300), *range(len(content) - 100, len(content))]
-    damaged = [content[:length] for length in lengths]
-    for bit in random_bits.sample(range(len(content) * 8), 600):
-        byte = bit // 8
-        damaged.append(content[:byte] + bytes([content[byte] ^ 1 << bit % 8]) + content[byte + 1 :])
+    content, path, rng = saved.read_bytes(), tmp_path / "damaged.pt", random.Random(0)
+    size = len(content)
+    damaged = [content[:length] for length in [*rng.sample(range(size), 50), *range(size - 100, size)]]
+    for byte in [*rng.sample(range(size), 100), *range(size - 100, size)]:
+        damaged.append(content[:byte] + bytes([content[byte] ^ 1 << rng.randrange(8)]) + content[byte + 1 :])
     for found in damaged:
         path.write_bytes(found)
         with pytest.raises(UserError, match=r"damaged\.pt"):
@@ -121,11 +117,10 @@ def test_weights_that_do_not_match_the_configuration_are_listed(saved: Path, tmp
     weights["positions.table.weight"] = torch.zeros(5, 4)
     path = tmp_path / "other.pt"
     path.write_bytes(sealed_checkpoint(weights=weights))
-    with pytest.raises(UserError) as error:
+    expected = [
+        "extra: expected none",
+        "norm.weight: expected torch.float32 [4], found none",
+        "[4, 4], found torch.float32 [5, 4]",
+    ]
+    with pytest.raises(UserError, match=".*".join(map(re.escape, expected))):
         load_checkpoint(path)
-    for part in (
-        "norm.weight is missing",
-        "extra is unknown",
-        "positions.table.weight: expected torch.float32 [4, 4]",
-    ):
-        assert part in str(error.value)

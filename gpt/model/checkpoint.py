@@ -7,13 +7,16 @@ the trailer. The content is plain tensors and one canonical JSON string, and is 
 import hashlib
 import io
 import json
-import pickle
+import pickletools
+import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -28,6 +31,16 @@ from gpt.tokenizers.base import Tokenizer
 FORMAT = 1
 TRAILER = b"\nchargpt sha256 "  # then 64 hexadecimal digits and a line feed
 TRAILER_LENGTH = len(TRAILER) + 64 + 1
+MAX_REASON, MAX_LISTED = 300, 5  # characters, and weights, in an error message
+PLAIN_TYPES = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Za-z0-9]+Storage")
+
+
+class _Origin(BaseModel):
+    """The part of `about` that others read."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    corpus_sha256: str
 
 
 @dataclass(frozen=True)
@@ -65,14 +78,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         config = ModelConfig.model_validate(metadata["model"])
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
-        weights, about = tensors["weights"], metadata["about"]
+        weights, about = dict(tensors["weights"]), _Origin.model_validate(metadata["about"])
         difference = _difference(_make_empty_model(config, tokenizer).state_dict(), weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UserError) as error:
         reason = "; ".join(str(error).splitlines())
         raise UserError(f"{path}: expected a trained model, found no valid {reason}; train again") from None
     if difference:
         raise UserError(f"{path}: weights do not match the model configuration in the file: {difference}; train again")
-    return Checkpoint(config, tokenizer, weights, about)
+    if unusable := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise UserError(f"{path}: expected finite weights, found NaN or infinite ones in {unusable[0]}; train again")
+    return Checkpoint(config, tokenizer, weights, about.model_dump())
 
 
 def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
@@ -90,10 +105,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: the file is missing, of another format or damaged, or holds more than plain tensors.
     """
+    content = _verified_content(path)
     try:
-        loaded = torch.load(io.BytesIO(_verified_content(path)), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        _check_archive(content)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of any type, if the file was made to cause it
+        reason = " ".join(str(error).split())[:MAX_REASON]
         raise UserError(
             f"{path}: expected plain tensors, found other objects, which were not loaded ({reason})"
         ) from None
@@ -101,9 +118,31 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if version != FORMAT:
         raise UserError(f"{path}: expected a checkpoint of format {FORMAT}, found {version or 'none'}; train again")
     try:
-        return json.loads(loaded.pop("metadata")), loaded
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: expected metadata as JSON, found none; train again") from None
+        text = loaded.pop("metadata")
+        metadata = json.loads(text)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        metadata, text = None, ""
+    if not isinstance(metadata, dict) or canonical_json(metadata) != text:  # for example with duplicate keys
+        raise UserError(f"{path}: expected metadata as canonical JSON, found none; train again")
+    return metadata, loaded
+
+
+def _check_archive(content: bytes) -> None:
+    """Refuse what `torch.save` does not write and what could take much memory to load.
+
+    `weights_only=True` allows, for example, a `bytearray` of any length, and archives may be compressed.
+
+    Raises:
+        ValueError: the archive is larger than its file, or its pickle names other types than tensors.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > len(content) or any(m.compress_type for m in members):
+            raise ValueError("a compressed archive")
+        (pickled,) = (archive.read(member) for member in members if member.filename.endswith("/data.pkl"))
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not PLAIN_TYPES.fullmatch(str(argument)):
+            raise ValueError(f"the type {argument}")
 
 
 def _verified_content(path: Path) -> bytes:
@@ -151,9 +190,20 @@ class _SkipWeightInit(TorchFunctionMode):
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """The differences in names, types and shapes between two sets of weights; empty if there are none."""
-    wanted, got = (
-        {name: f"{weight.dtype} {list(weight.shape)}" for name, weight in weights.items()}
-        for weights in (expected, found)
-    )
+    wanted, got = ({name: _describe(weight) for name, weight in weights.items()} for weights in (expected, found))
     names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
-    return "; ".join(f"{name}: expected {wanted.get(name, 'none')}, found {got.get(name, 'none')}" for name in names)
+    more = f"; and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return (
+        "; ".join(
+            f"{name}: expected {wanted.get(name, 'none')}, found {got.get(name, 'none')}" for name in names[:MAX_LISTED]
+        )
+        + more
+    )
+
+
+def _describe(weight: Tensor) -> str:
+    """Type and shape, and what else must be the same for two tensors to be interchangeable."""
+    special = [
+        str(found) for found in (weight.layout, weight.device.type) if str(found) not in ("torch.strided", "cpu")
+    ]
+    return " ".join([str(weight.dtype), str(list(weight.shape)), *special])

@@ -104,7 +104,9 @@ class Tokenizer(ABC):
             UserError: the value is not a valid tokenizer of this kind.
         """
         found: dict[str, Any] = {field.name: value.get(field.name) for field in fields(cls)}
-        if all(_is_vocabulary(found[field.name], field.type) for field in fields(cls)):
+        if value.keys() - {"kind"} == found.keys() and all(
+            _is_vocabulary(found[field.name], field.type) for field in fields(cls)
+        ):
             tokenizer = cls(**{name: one if isinstance(one, str) else tuple(one) for name, one in found.items()})
             if tokenizer._is_valid():
                 return tokenizer

@@ -15,6 +15,8 @@ from gpt.core.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
 DECIMALS = 4  # of a metric: another seed changes the third one of a loss
 
 
@@ -114,21 +116,13 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(
-                f"{path}: no space left on the device ({free:,} bytes free in {path.parent}); "
-                "no file was replaced: free some space and run again"
-            ) from error
-        if (
-            isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError)
-            or error.errno == errno.EROFS
-        ):
-            raise UserError(
-                f"{path}: expected a writable path, found: {error.strerror}; "
-                "correct the permissions or choose another path"
-            ) from error
-        raise
+        if error.errno in NO_SPACE:
+            remedy = f"free some space ({shutil.disk_usage(path.parent).free:,} bytes are free) and run again"
+        elif error.errno in NO_ACCESS:
+            remedy = "correct the permissions or choose another path"
+        else:
+            raise
+        raise UserError(f"{path}: expected a writable path, found: {error.strerror}; {remedy}") from error
 
 
 def _temporary_name(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Strict reading of params files: every key is required, unknown keys are errors, errors name the key."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,10 +9,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from gpt.core.errors import UserError
+from gpt.core.errors import UserError, without_secrets
 
 
 class Section(BaseModel):
@@ -42,16 +42,13 @@ def read_params(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: expected a params file, found no file; start from one in presets/") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: expected UTF-8, found byte {error.object[error.start]:#04x} at {error.start}"
-        ) from None
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"{path}: {_duplicate(error)} is duplicated in line {line}; delete one of them") from None
+        raise UserError(f"{path}: expected UTF-8, found {error.reason} at byte {error.start:,}; convert it") from None
     except YAMLError as error:
-        raise UserError(f"{path}: expected YAML, found {_yaml_problem(error)}; correct that line") from None
+        raise UserError(f"{path}: expected YAML: {_yaml_problem(error)}; correct that line") from None
     if not isinstance(params, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {_kind(params)}; start from a file in presets/")
+        raise UserError(
+            f"{path}: expected a mapping of sections, found {_shown(params)}; start from a file in presets/"
+        )
     for change in changes:
         _apply(params, change)
     return params
@@ -63,7 +60,7 @@ def check_section(path: Path, name: str, section: type[S], params: Mapping[str, 
         near = suggestion(name, params)
         raise UserError(f"{path}: {name}: this section is missing{near}; copy it from a file in presets/")
     if not isinstance(params[name], dict):
-        raise UserError(f"{path}: {name}: expected a section of keys, found {_kind(params[name])}")
+        raise UserError(f"{path}: {name}: expected a section of keys, found {_shown(params[name])}")
     try:
         checked = section.model_validate(params[name])
     except ValidationError as error:
@@ -95,7 +92,7 @@ def parse_change(text: str) -> tuple[str, str, Any]:
     try:
         return section, key, _yaml().load(value) if value.strip() else ""
     except YAMLError as error:
-        raise UserError(f"--set {target}: expected a value in YAML, found {_yaml_problem(error)}") from None
+        raise UserError(f"--set {target}: expected a value in YAML: {_yaml_problem(error)}") from None
 
 
 def _yaml() -> YAML:
@@ -122,30 +119,22 @@ def _explain(name: str, section: type[Section], error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return f"{key}: {message}" if error["loc"] else f"{name}.{message}"
-    expected = error["msg"].replace("Input should be ", "")
-    return f"{key}: expected {expected}, found {_kind(error['input'])}; correct it there or with -S {key}=VALUE"
+    expected = re.sub(r"^\w+ should (be|have|match) ", "", error["msg"])
+    return f"{key}: expected {expected}, found {_shown(error['input'])}; correct it there or with -S {name}.{error['loc'][0]}=VALUE"
 
 
 def _missing(key: str) -> str:
     return f"{key}: this key is missing; every key is required: copy it from a file in presets/"
 
 
-def _kind(value: object) -> str:
-    names = {str: "the string", bool: "the boolean", int: "the number", float: "the number", list: "the list"}
-    if value is None:
-        return "null"
+def _shown(value: object) -> str:
+    """A value as in YAML, without passwords; a section by the number of its keys."""
     if isinstance(value, dict):
         return f"a section of {len(value)} keys"
-    return f"{names.get(type(value), type(value).__name__)} {value!r}"
-
-
-def _duplicate(error: DuplicateKeyError) -> str:
-    problem = str(error.problem)
-    return problem.split('"')[1] if '"' in problem else "a key"
+    return "null" if value is None else without_secrets(repr(value))
 
 
 def _yaml_problem(error: YAMLError) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
-        mark = error.problem_mark
-        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+        return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
     return " ".join(str(error).split())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpt.core.errors import UserError
-from gpt.data.prepare import CHUNK_BYTES, tokenize
+from gpt.data.prepare import CHUNK_CHARACTERS, tokenize
 from gpt.data.token_files import load_tokens
 from gpt.tokenizers import TOKENIZERS
 from gpt.tokenizers.subword import BpeTokenizer
@@ -41,7 +41,7 @@ def test_tokens_of_a_corpus_equal_those_of_its_splits_encoded_at_once(tmp_path: 
     # Line ends of several kinds: some can be part of a token with their neighbours, most cannot.
     for old, new in {"\n": "\n\n", "dog\n\n": "dog\n", "fox\n\n": "fox\n\n\n", "jumps ": "jumps  \n naïve "}.items():
         text = text.replace(old, new)
-    assert len(text.encode()) > 1.1 * CHUNK_BYTES
+    assert len(text) > 1.1 * CHUNK_CHARACTERS
     data = load_tokens(tokenized(tmp_path, text, kind=kind, vocab_size=600))
     middle = int(len(text) * 0.9)
     assert (data.meta.train_characters, data.meta.val_characters) == (middle, len(text) - middle)

@@ -61,16 +61,15 @@ def check_section(path: Path, name: str, section: type[S], params: Mapping[str, 
         raise UserError(f"{path}: {name}: this section is missing{near}; copy it from a file in presets/")
     if not isinstance(params[name], dict):
         raise UserError(f"{path}: {name}: expected a section of keys, found {_shown(params[name])}")
+    for key in section.model_fields:
+        if key not in params[name]:  # also keys with a default, which applies to commands without a params file
+            raise UserError(f"{path}: {name}.{key}: this key is missing; copy it from a file in presets/")
     try:
-        checked = section.model_validate(params[name])
+        return section.model_validate(params[name])
     except ValidationError as error:
         found = error.errors(include_url=False)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise UserError(f"{path}: {_explain(name, section, found[0])}{more}") from None
-    for key in section.model_fields:
-        if key not in params[name]:  # also keys with a default, which applies to commands without a params file
-            raise UserError(f"{path}: {_missing(f'{name}.{key}')}")
-    return checked
 
 
 def suggestion(name: str, known: Mapping[str, Any]) -> str:
@@ -79,52 +78,36 @@ def suggestion(name: str, known: Mapping[str, Any]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def parse_change(text: str) -> tuple[str, str, Any]:
-    """Split `section.key=value` into section, key and the parsed YAML value.
-
-    Raises:
-        UserError: the text has a different form.
-    """
-    target, equals, value = text.partition("=")
-    section, dot, key = target.strip().partition(".")
-    if not (equals and dot and section and key):
-        raise UserError(f"--set {text}: expected SECTION.KEY=VALUE, for example train.max_steps=100")
-    try:
-        return section, key, _yaml().load(value) if value.strip() else ""
-    except YAMLError as error:
-        raise UserError(f"--set {target}: expected a value in YAML: {_yaml_problem(error)}") from None
-
-
 def _yaml() -> YAML:
     return YAML(typ="safe", pure=True)  # YAML 1.2, as DVC reads it: 1e-3 is a number, `no` is a string
 
 
 def _apply(params: dict[str, Any], change: str) -> None:
-    section, key, value = parse_change(change)
+    """Set one key from a text `section.key=value`, whose value is YAML."""
+    target, equals, value = change.partition("=")
+    section, dot, key = target.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise UserError(f"--set {change}: expected SECTION.KEY=VALUE, for example train.max_steps=100")
     if not isinstance(params.get(section), dict):
-        raise UserError(
-            f"--set {section}.{key}: no section '{section}' in the params file{suggestion(section, params)}"
-        )
+        raise UserError(f"--set {target}: no section '{section}' in the params file{suggestion(section, params)}")
     if key not in params[section]:
-        raise UserError(f"--set {section}.{key}: unknown key{suggestion(key, params[section])}")
-    params[section][key] = value
+        raise UserError(f"--set {target}: unknown key{suggestion(key, params[section])}")
+    try:
+        params[section][key] = _yaml().load(value) if value.strip() else ""
+    except YAMLError as error:
+        raise UserError(f"--set {target}: expected a value in YAML: {_yaml_problem(error)}") from None
 
 
 def _explain(name: str, section: type[Section], error: ErrorDetails) -> str:
     key = ".".join([name, *map(str, error["loc"])])
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{suggestion(str(error['loc'][-1]), section.model_fields)}"
-    if error["type"] == "missing":
-        return _missing(key)
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return f"{key}: {message}" if error["loc"] else f"{name}.{message}"
     expected = re.sub(r"^\w+ should (be|have|match) ", "", error["msg"])
-    return f"{key}: expected {expected}, found {_shown(error['input'])}; correct it there or with -S {name}.{error['loc'][0]}=VALUE"
-
-
-def _missing(key: str) -> str:
-    return f"{key}: this key is missing; every key is required: copy it from a file in presets/"
+    remedy = f"correct it there or with -S {name}.{error['loc'][0]}=VALUE"
+    return f"{key}: expected {expected}, found {_shown(error['input'])}; {remedy}"
 
 
 def _shown(value: object) -> str:

@@ -37,14 +37,7 @@ LOCAL = re.compile(r"(?!pypi:)(?!.*://).*\S.*")
 CONNECT_S, READ_S = 5.0, 10.0  # time-outs: until connected, and without receiving a byte
 DEADLINE_S = 120.0  # for all bytes; checked whenever some arrive
 MAX_BYTES = 1 << 30
-RETRY = Retry(
-    2,
-    other=0,  # for example after an invalid certificate
-    status_forcelist=(429, 500, 502, 503, 504),
-    raise_on_status=False,
-    backoff_factor=0.5,  # seconds, doubled with each retry
-    retry_after_max=20,  # seconds that a Retry-After header can request
-)
+RETRY = Retry(2, backoff_factor=0.5, retry_after_max=20, status_forcelist=(429, 500, 502, 503, 504), other=0)
 CHUNK_BYTES = 1 << 16
 
 
@@ -74,11 +67,7 @@ class DownloadParams(Section):
 
 
 def download(*, params: DownloadParams, out: Path) -> None:
-    """Write the corpus to `out`, unless the file there already has the pinned SHA-256.
-
-    Raises:
-        UserError: no source provides the file; `out` is unchanged.
-    """
+    """Write the corpus to `out`, unless the file there already has the pinned SHA-256."""
     if params.sha256 and out.is_file() and sha256_file(out) == params.sha256:
         report(f"{out} already has the pinned SHA-256")
         return
@@ -92,6 +81,9 @@ def fetch_first(key: str, sources: Sequence[str], pinned: str | None, file: IO[b
     Args:
         key: key of the params file that lists the sources, for messages.
         pinned: required SHA-256; None accepts any content except a web page.
+
+    Raises:
+        UserError: no source provides it.
     """
     failures: list[str] = []
     for source in sources:
@@ -112,9 +104,8 @@ def fetch_first(key: str, sources: Sequence[str], pinned: str | None, file: IO[b
             problem = f"expected SHA-256 {pinned}, found {found}"
         failures.append(f"{shown}: {problem}")
         report(f"source failed: {failures[-1]}")
-    wanted = f"the file with SHA-256 {pinned}" if pinned else "the file"
     raise UserError(
-        f"{key}: expected one of {len(sources)} sources to provide {wanted}, found: {'; '.join(failures)}. "
+        f"{key}: expected a source with {f'SHA-256 {pinned}' if pinned else 'the file'}, found: {'; '.join(failures)}. "
         f"To use a file of your own, give its absolute path: -S \"{key}=['/path/to/file']\""
     )
 

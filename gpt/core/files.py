@@ -50,11 +50,7 @@ def write_csv(path: Path, table: "pd.DataFrame") -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing or not JSON.
-    """
+    """Read a JSON file; a missing or invalid file is a UserError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -64,11 +60,7 @@ def read_json(path: Path) -> Any:
 
 
 def prepare_output(path: Path) -> None:
-    """Create the folder of an output and check that it is writable, before long work starts.
-
-    Raises:
-        UserError: the folder cannot be created or written.
-    """
+    """Create the folder of an output and check that it is writable (or raise a UserError), before long work starts."""
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = _temporary_name(path)
@@ -81,10 +73,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that gets its final name only when the block ends without an error.
 
     The bytes go to a temporary file in the same folder, which is flushed to disk and renamed. Then the folder is
-    flushed, so that the rename survives a power failure.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written; the old file is unchanged.
+    flushed, so that the rename survives a power failure. If the folder cannot be written or the disk is full, a
+    UserError is raised and the old file is unchanged.
     """
     temporary = _temporary_name(path)
     with explain_os_errors(path):

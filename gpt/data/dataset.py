@@ -15,11 +15,7 @@ MIN_BLOCKS = 4  # of each split; the loss over fewer blocks depends too much on 
 
 
 def check_lengths(data: TokenData, *, block_size: int) -> None:
-    """Check that the text is long enough for this block size.
-
-    Raises:
-        UserError: a split has fewer than `MIN_BLOCKS` blocks.
-    """
+    """Raise a UserError if a split has fewer than `MIN_BLOCKS` blocks of this size."""
     found, required = (len(data.train), len(data.val)), MIN_BLOCKS * block_size
     if min(found) < required:
         longest = max(min(found) // MIN_BLOCKS, 1)

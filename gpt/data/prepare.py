@@ -138,17 +138,17 @@ def _train_tokenizer(params: TokenizeParams, corpus: Corpus) -> Tokenizer:
 def _read_chunks(path: Path, start: int = 0, end: int = sys.maxsize) -> Iterator[str]:
     """Read the characters `start` to `end` (exclusive) of a UTF-8 file in chunks, without newline conversion."""
     try:
-        file = path.open(encoding="utf-8", newline="")
+        file = path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: expected a text file, found: {error.strerror}; run the download stage") from None
-    with file:
-        position = 0
+    position = 0
+    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
         try:
-            while position < end and (chunk := file.read(CHUNK_CHARACTERS)):
+            while position < end and (chunk := text.read(CHUNK_CHARACTERS)):
                 yield chunk[max(start - position, 0) : end - position]
                 position += len(chunk)
         except UnicodeDecodeError as error:
-            byte = file.buffer.tell() - len(error.object) + error.start  # in the file; error.start is in what was read
+            byte = file.tell() - len(error.object) + error.start  # in the file; error.start is in what was read
             raise UserError(
                 f"{path}: expected UTF-8, found {error.reason} at byte {byte:,} ({error.object[error.start]:#04x}); "
                 "convert it, for example with iconv -t utf-8"

@@ -45,11 +45,7 @@ def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
 
 
 def load_tokens(folder: Path) -> TokenData:
-    """Load a token folder; the splits are memory-mapped.
-
-    Raises:
-        UserError: a file is missing, invalid, or does not have the length in `meta.json`.
-    """
+    """Load a token folder; the splits are memory-mapped. A missing, truncated or invalid file is a UserError."""
     try:
         meta = Meta.model_validate(read_json(folder / "meta.json"))
     except ValidationError as error:

@@ -76,14 +76,11 @@ def download(*, params: DownloadParams, out: Path) -> None:
 
 
 def fetch_first(key: str, sources: Sequence[str], pinned: str | None, file: IO[bytes]) -> None:
-    """Write the content of the first source that provides it into `file`.
+    """Write the content of the first source that provides it into `file`; if none does, raise a UserError.
 
     Args:
         key: key of the params file that lists the sources, for messages.
         pinned: required SHA-256; None accepts any content except a web page.
-
-    Raises:
-        UserError: no source provides it.
     """
     failures: list[str] = []
     for source in sources:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpt.commands.check_params import check_params
+from gpt.commands.check_params import command as check_params
 from gpt.core.errors import UserError
 from gpt.core.params import read_section
 from gpt.training.trainer import TrainParams
@@ -18,7 +18,7 @@ PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
 def test_every_preset_is_valid(path: Path) -> None:
-    assert len(check_params(path)) == 7
+    check_params(path)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)

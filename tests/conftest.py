@@ -1,5 +1,6 @@
 """Fixtures of all tests: a synthetic text, its tokens, and the command line as a user runs it."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.support.workspace import done, empty_store, place, server  # noqa: F4
 
 torch.set_num_threads(CPU_THREADS)  # as every command does
 
+RunGpt = Callable[..., "subprocess.CompletedProcess[str]"]
 RunMain = Callable[..., str]
 
 
@@ -50,6 +52,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
     printed = run([sys.executable, "-m", "gpt", *train_line(tokens)], folder).stdout
     assert "step 20/20" in printed
     return folder
+
+
+@pytest.fixture
+def gpt(tmp_path: Path) -> RunGpt:
+    """Run `python -m gpt …` in an empty folder as a new process."""
+
+    def invoke(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        return run([sys.executable, "-m", "gpt", *arguments], tmp_path, code=None)
+
+    return invoke
 
 
 @pytest.fixture

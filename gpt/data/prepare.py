@@ -6,13 +6,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from gpt.core.errors import UserError
 from gpt.core.files import atomic_write, prepare_output, read_json, sha256_file, write_json
 from gpt.core.params import Section
-from gpt.data.token_files import Meta, token_dtype
+from gpt.data.token_files import Meta
 from gpt.download.sources import Digest, Sources, fetch_first
 from gpt.tokenizers import tokenizer_from_json
 from gpt.tokenizers.base import Kind, Tokenizer, format_characters
@@ -67,7 +68,7 @@ def tokenize(*, params: TokenizeParams, corpus: Path, out: Path) -> Meta:
     prepare_output(out / "meta.json")
     text = _open_corpus(corpus, params.train_fraction)
     tokenizer = _load_tokenizer(Path(params.init_from)) if params.init_from else _train_tokenizer(params, text)
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype: Literal["<u2", "<u4"] = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     meta = Meta(
         kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size,

@@ -39,11 +39,6 @@ class TokenData:
     meta: Meta
 
 
-def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
-    """The smallest of the two types that holds every token ID."""
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
-
-
 def load_tokens(folder: Path) -> TokenData:
     """Load a token folder; the splits are memory-mapped. A missing, truncated or invalid file is a UserError."""
     try:

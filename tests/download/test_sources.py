@@ -215,16 +215,15 @@ def test_a_member_of_a_wheel(
     folder = "chargpt_text-1.0.dist-info"
     with zipfile.ZipFile(tmp_path / "wheels" / "chargpt_text-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
         wheel.writestr("a text.txt", TEXT)
-        wheel.writestr("bomb.txt", bytes(10**7))
         wheel.writestr(f"{folder}/METADATA", "Metadata-Version: 2.1\nName: chargpt_text\nVersion: 1.0\n")
         wheel.writestr(f"{folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{folder}/RECORD", "")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     name = "pypi:chargpt_text=="
-    assert get(f"{name}1.0#x.txt", f"{name}1.0#bomb.txt", f"{name}2.0#x", f"{name}1.0#a text.txt", out=out) == TEXT
+    assert get(f"{name}1.0#x.txt", f"{name}2.0#x.txt", f"{name}1.0#a text.txt", out=out) == TEXT
     printed = capsys.readouterr().out
-    for reason in ("'x.txt'", "larger than 200,000 bytes", "pip download --no-deps chargpt_text==2.0"):
-        assert reason in printed
+    assert "'x.txt' in the archive" in printed
+    assert "pip download --no-deps chargpt_text==2.0" in printed
     out.unlink()
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", f"http://me:hidden@{server.host}/simple")  # never answers

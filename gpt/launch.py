@@ -21,19 +21,10 @@ class LaunchParams(Section):
 
 
 def choose_processes(requested: Literal["auto"] | int, *, shards: int, gpus: int, cores: int) -> tuple[int, str]:
-    """Choose the number of training processes.
-
-    Args:
-        requested: `launch.processes`.
-        shards: `train.shards`; each process computes at least one.
-        gpus: number of usable GPUs; 0 trains on the CPU.
-        cores: number of usable CPU cores.
+    """Choose the number of training processes: each computes at least one shard, on a GPU or, without GPUs, a core.
 
     Returns:
         The number, and a message about idle devices, empty if there are none.
-
-    Raises:
-        UserError: a fixed number is greater than `shards`.
     """
     if requested != "auto" and requested > shards:
         raise UserError(

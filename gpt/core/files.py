@@ -60,7 +60,7 @@ def read_json(path: Path) -> Any:
 
 
 def prepare_output(path: Path) -> None:
-    """Create the folder of an output and check that it is writable (or raise a UserError), before long work starts."""
+    """Create the folder of an output; a folder that cannot be written is a UserError, before long work starts."""
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = _temporary_name(path)

@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"gpt: {error} for {sys.executable}; activate the environment: . .venv/bin/activate")
 
-from gpt.core.errors import OneLineError
+from gpt.core.errors import OneLineError, printable
 from gpt.fast_import import fast_import
 
 VERBS = {
@@ -86,7 +86,7 @@ def _not_called() -> None:
 
 
 def _print_error(verb: str, message: str, code: int) -> int:
-    line = f"{f'gpt {verb}' if verb else 'gpt'}: {' '.join(message.split())}\n"
+    line = f"{f'gpt {verb}' if verb else 'gpt'}: {printable(' '.join(message.split()))}\n"
     sys.stderr.write(line)  # in one call, so that the lines of several ranks do not mix
     sys.stderr.flush()
     return code

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gpt.core.errors import StoppedError, UserError
+from gpt.core.errors import StoppedError, UserError, printable
 from stages import torchrun
 
 POLL_S = 0.5  # between two calls of `on_poll`
@@ -197,7 +197,7 @@ class _StderrReader(threading.Thread):
     def run(self) -> None:
         """Read to the end; print an error that several ranks report once."""
         for raw in iter(lambda: self._pipe.readline(KEPT_LINE_BYTES), b""):
-            line = raw.decode(errors="replace")
+            line = printable(raw.decode(errors="replace"))
             if not ERROR_LINE.match(line):
                 self._kept.append(line)
             elif line not in self.errors:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
 
-from gpt.core.errors import UserError
+from gpt.core.errors import UserError, printable
 from gpt.core.files import sha256_file
 from gpt.core.params import read_params
 from gpt.fast_import import skip_final_collection
@@ -95,7 +95,7 @@ def enter(stage: str, main: Callable[[Sequence[str]], int]) -> NoReturn:
         drop_states(main_workspace())
         code = run_checked(main, sys.argv[1:])
     except UserError as error:
-        print(f"stages.{stage}: {error}", file=sys.stderr)
+        print(printable(f"stages.{stage}: {error}"), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt.core.errors import UserError
+from gpt.core.errors import UserError, printable
 from gpt.fast_import import fast_import
 from stages import run_record
 from stages.run_record import HistoryReader
@@ -109,7 +109,7 @@ def publish_run(store: "Store", folder: Path, stages: Sequence[str] = run_record
 def brief(error: BaseException) -> str:
     """An error on one line; of a library's error with its type, without a part that is too long for a remedy."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return without_credentials(textwrap.shorten(text, LONGEST_ERROR, placeholder=" …"))
+    return printable(without_credentials(textwrap.shorten(text, LONGEST_ERROR, placeholder=" …")))
 
 
 def without_credentials(text: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import typer
 
-from gpt.core.errors import UserError
+from gpt.core.errors import UserError, printable
 from gpt.core.files import prepare_output
 from gpt.evaluation.interpretability import ModelInspection, Numbers, inspect_model
 from gpt.evaluation.plots import render_plots, write_plots
@@ -42,7 +42,7 @@ def command(
     length = min(len(tokens), PRINTED_TOKENS, loaded.model.block_size)
     inspection = inspect_model(model, tokens[:length], decode)
     for paragraph in explain(inspection, loaded.model, layer=layer, head=head):
-        print(paragraph)
+        print(printable(paragraph))
     if inspection.attention and length < len(tokens):
         print(f"\nThese are the first {length} of {len(tokens)} tokens; later tokens do not change their rows.")
     if out:

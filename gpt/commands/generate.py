@@ -1,5 +1,6 @@
 """Generate text with a trained model: print it while it is generated, or write all samples to a file."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gpt.core.cli import LOG_FILE, Changes, LogFile, log, logging_to
-from gpt.core.errors import UserError
+from gpt.core.errors import UserError, printable
 from gpt.core.files import atomic_write, prepare_output, sha256_file
 from gpt.core.params import check_section, read_section
 from gpt.generation.text import GenerateParams, generate_texts, samples_document
@@ -99,11 +100,12 @@ def _read_prompt(path: Path) -> str:
 
 
 def _print(checkpoint: Checkpoint, settings: GenerateParams, *, cached: bool) -> None:
-    """Print the samples while they are generated."""
+    """Print the samples while they are generated; on a terminal with control characters escaped."""
+    shown = printable if sys.stdout.isatty() else str
     for index, (prompt, _, chunks) in enumerate(generate_texts(checkpoint, settings, cached=cached)):
         if index:
             print("\n" + "-" * 40)
-        print(prompt, end="", flush=True)
+        print(shown(prompt), end="", flush=True)
         for chunk in chunks:
-            print(chunk, end="", flush=True)
+            print(shown(chunk), end="", flush=True)
         print(flush=True)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from gpt.core.errors import printable
 from gpt.core.files import explain_os_errors
 
 ParamsFile = Annotated[
@@ -28,6 +29,13 @@ LOG_FILE = [Path("gpt_nano.log")]
 log = logging.getLogger("gpt")
 
 
+class _LineFormatter(logging.Formatter):
+    """One line for each message: text from outside can neither add lines nor send commands to a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record)).replace("\n", "\\n")
+
+
 @contextmanager
 def logging_to(paths: Sequence[Path], verb: str, about: str = "") -> Iterator[None]:
     r"""Append the log messages of the block to each file, between a line at its start and one with its duration.
@@ -37,7 +45,7 @@ def logging_to(paths: Sequence[Path], verb: str, about: str = "") -> Iterator[No
             in brackets in each line, so that `grep 'train\[1a2b3c4d\]'` finds the lines of one run.
     """
     name = f"{verb}[{about}]" if about else verb
-    formatter = logging.Formatter(f"%(asctime)s %(levelname)s {name}: %(message)s", "%Y-%m-%d %H:%M:%S")
+    formatter = _LineFormatter(f"%(asctime)s %(levelname)s {name}: %(message)s", "%Y-%m-%d %H:%M:%S")
     with ExitStack() as stack:
         for path in dict.fromkeys(paths):
             with explain_os_errors(path):
@@ -62,5 +70,5 @@ def logging_to(paths: Sequence[Path], verb: str, about: str = "") -> Iterator[No
 
 def report(text: str) -> None:
     """Print a message and log it."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
     log.info("%s", text)

@@ -2,6 +2,9 @@
 
 import re
 
+# Control characters but tab and line feed, and those that change the direction or are invisible.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
 
 class OneLineError(Exception):
     """An error with its remedy; the command line prints it and exits with `exit_code`."""
@@ -25,3 +28,8 @@ def without_secrets(text: str) -> str:
     """The text without user, password and query string in the addresses that it contains."""
     text = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
     return re.sub(r"(://[^?]*\?).+", r"\1…", text, flags=re.DOTALL)
+
+
+def printable(text: str) -> str:
+    r"""The text for a terminal or a log, with control characters escaped, such as `\x1b`; tab and line feed remain."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

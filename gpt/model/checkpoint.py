@@ -190,15 +190,13 @@ class _SkipWeightInit(TorchFunctionMode):
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """The differences in names, types and shapes between two sets of weights; empty if there are none."""
-    wanted, got = ({name: _describe(weight) for name, weight in weights.items()} for weights in (expected, found))
+    wanted, got = ({name: _describe(tensor) for name, tensor in weights.items()} for weights in (expected, found))
     names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
-    more = f"; and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return (
-        "; ".join(
-            f"{name}: expected {wanted.get(name, 'none')}, found {got.get(name, 'none')}" for name in names[:MAX_LISTED]
-        )
-        + more
-    )
+    more = [f"and {len(names) - MAX_LISTED} more"] if len(names) > MAX_LISTED else []
+    shown = [
+        f"{name}: expected {wanted.get(name, 'none')}, found {got.get(name, 'none')}" for name in names[:MAX_LISTED]
+    ]
+    return "; ".join([*shown, *more]).replace("\n", "\\n")
 
 
 def _describe(weight: Tensor) -> str:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -131,26 +130,23 @@ class Trainer:
         self.progress.step += 1
         rate = learning_rate_at(self.progress.step, self.params)
         self.model.train()
-        losses = self._sharded.backward(self._loss_of_shard)
-        by_rank = self.group.all_gather([*losses, float(stop)])  # one collective for both
-        losses = [loss for *losses_of_rank, _ in by_rank for loss in losses_of_rank]
-        stop = any(stop_of_rank for *_, stop_of_rank in by_rank)
+        losses_of_rank = self._sharded.backward(self._loss_of_shard)
+        *losses, stops = self.group.sum([*losses_of_rank, float(stop)])  # one collective for both
         loss = sum(losses) / len(losses)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
         self._check_sanity(loss, norm)
         self._update_weights(rate)
         self.progress.losses_since_record.append(loss)
-        return rate, norm, stop
+        return rate, norm, stops > 0
 
     def evaluate(self) -> float:
         """Return the loss of the (averaged) weights on the validation split; keep the weights if it is the best."""
-        batches = self._val_batches[self.group.rank :: self.group.size]
+        sums = [0.0] * len(self._val_batches)
+        mine = slice(self.group.rank, None, self.group.size)
         with self.average.in_use() if self.average else nullcontext(), self._precision():
-            sums = [float(losses.sum()) for losses in token_losses(self.model, batches, self.group.device)]
-        rounds = math.ceil(len(self._val_batches) / self.group.size)
-        by_rank = self.group.all_gather(sums + [0.0] * (rounds - len(sums)))
-        total: float = sum(chain.from_iterable(zip(*by_rank, strict=True)))  # in the order of the batches
-        loss = total / len(self.data.val)
+            losses = token_losses(self.model, self._val_batches[mine], self.group.device)
+            sums[mine] = [float(losses_of_batch.sum()) for losses_of_batch in losses]
+        loss = sum(self.group.sum(sums)) / len(self.data.val)
         if self.progress.best_loss is None or loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = self.progress.step, loss
             self.best = _copy(self.average.weights if self.average else self.model.state_dict())

@@ -195,12 +195,9 @@ class ShardedModel:
         self._pending: list[tuple[int, dict[Tensor, Tensor]]] = []  # (level, gradients): subtrees without a right half
         ids = [group.device.index] if group.device.type == "cuda" else None
         with group.collective():  # DDP compares the shapes and broadcasts rank 0's weights
-            self._ddp = DistributedDataParallel(
-                model,
-                device_ids=ids,
-                bucket_cap_mb=bucket_mb,
-                broadcast_buffers=False,  # they are constants
-            )
+            self._ddp = DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=bucket_mb)
+        # Buffers are constants. The constructor's argument has another name in each version of torch.
+        self._ddp.broadcast_buffers = False
         self._ddp.register_comm_hook(None, self._sum_bucket)
 
     def backward(self, loss_of_shard: Callable[[nn.Module, int], Tensor]) -> list[float]:

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,8 @@ def train(
         for path in (*vars(outputs).values(), folder.history.path):
             prepare_output(path)
     with ExitStack() as stack:
-        lock = folder.locked(report)
-        group = stack.enter_context(
-            process_group(device, timeout_s=timeout_s, before_joining=lambda: stack.enter_context(lock))
-        )
+        lock = partial(stack.enter_context, folder.locked())
+        group = stack.enter_context(process_group(device, timeout_s=timeout_s, before_joining=lock))
         _check_digests(group, digests)
         trainer = Trainer(params, _initial_model(params, model, data), data, group)
         _resume(trainer, folder, digests)
@@ -152,7 +151,7 @@ def _differences(expected: Any, found: Any, path: str) -> Iterator[str]:
 def _resume(trainer: Trainer, folder: RunFolder, digests: dict[str, Any]) -> None:
     """Restore the newest resume state on all ranks; rank 0 reads it. Without one, start at step 0."""
     group = trainer.group
-    state = group.broadcast(folder.newest(digests, report) if group.is_main else None)
+    state = group.broadcast(folder.newest(digests) if group.is_main else None)
     if state:
         trainer.restore(*state)
     if group.is_main:

@@ -53,7 +53,7 @@ def run(data: TokenData, folder: RunFolder, *, stop_after: int | None = None) ->
     with process_group(CPU, timeout_s=30) as group:
         trainer = make_trainer(data, group, **SHORT)
         folder.path.mkdir(exist_ok=True)
-        if state := folder.newest({}, print):
+        if state := folder.newest({}):
             trainer.restore(*state)
         folder.history.resume(trainer.progress.step)
         steps = iter(range(1, 1000))
@@ -125,8 +125,8 @@ def test_a_damaged_state_is_reported_and_skipped_as_is_one_of_other_digests(
     states[-1].write_bytes(content)
     assert run(data, folder) == expected
     assert "resume-000000008.pt" in capsys.readouterr().out
-    assert folder.newest({}, print)
-    assert folder.newest({"code": "other"}, print) is None
+    assert folder.newest({})
+    assert folder.newest({"code": "other"}) is None
 
 
 # As processes: kills, stops, several ranks.

@@ -96,16 +96,14 @@ class Group:
         except (RuntimeError, OSError) as error:
             if self.size == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            lost = self._lost_rank(
-                [peer] if peer is not None else [*range(self.rank), *range(self.rank + 1, self.size)]
-            )
+            lost = self._lost_rank(peer)
             raise LostRankError(
                 f"{lost} died, or did not answer within {self.timeout_s} s; run again to continue"
             ) from error
 
-    def _lost_rank(self, suspects: list[int]) -> str:
+    def _lost_rank(self, peer: int | None) -> str:
         """Name the rank that is lost; the first rank to notice tells the others, which would else name that one."""
-        names = [f"rank {rank}" for rank in suspects]
+        names = [f"rank {rank}" for rank in range(self.size) if rank == peer or (peer is None and rank != self.rank)]
         with suppress(RuntimeError):  # the store is on a machine that cannot be reached
             self.store.set_timeout(STORE_TIMEOUT)
             names = [f"{name} ({self.store.get(name).decode()})" for name in names]
@@ -130,29 +128,26 @@ def process_group(
     """Join the process group that torchrun started, of 1, 2, 4, … ranks; without torchrun, a group of one.
 
     Args:
-        timeout_s: seconds after which a rank that does not answer counts as lost.
+        timeout_s: seconds after which a rank that does not answer counts as lost: a LostRankError.
         before_joining: called on rank 0 (to wait for a lock); the other ranks wait for it without a limit.
-
-    Raises:
-        LostRankError: another rank died or hangs.
     """
     _die_with_torchrun()
-    store, timeout = _store(), timedelta(seconds=timeout_s)
-    group = Group(env_rank(), env_size(), device, timeout_s, store)
+    store, rank, size, timeout = _store(), env_rank(), env_size(), timedelta(seconds=timeout_s)
+    group = Group(rank, size, device, timeout_s, store)
     if group.is_main:
         before_joining()
-    store.set(f"rank {group.rank}", f"PID {os.getpid()} on {socket.gethostname()}")
+    store.set(f"rank {rank}", f"PID {os.getpid()} on {socket.gethostname()}")
     store.wait(["rank 0"], FOREVER)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     lost = False
     try:
         with group.collective():
-            dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=timeout)
-        for level in range(group.size.bit_length() - 1):
-            peer = group.rank ^ (1 << level)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        for level in range(size.bit_length() - 1):
+            peer = rank ^ (1 << level)
             with group.collective(peer):
                 # A higher level waits longer: the lost rank's own peer gives up before those that wait for that peer.
-                group.peers.append(connect_peer(store, group.rank, peer, device, timeout * (level + 1)))
+                group.peers.append(connect_peer(store, rank, peer, device, timeout * (level + 1)))
         yield group
     except LostRankError:
         lost = True

@@ -64,7 +64,11 @@ def train(
         StoppedError: SIGTERM or SIGINT stopped the training early.
     """
     check_lengths(data, block_size=model.block_size)
-    _check_size(env_size(), params.shards)
+    if (size := env_size()) > params.shards or size & (size - 1):
+        raise UserError(
+            f"train: expected 1, 2, 4, … processes, at most train.shards ({params.shards}), found {size}; "
+            "set launch.processes"
+        )
     device = choose_device(params.device, "train.device")
     if env_rank() == 0:
         for path in (*vars(outputs).values(), folder.history.path):
@@ -119,13 +123,6 @@ def _initial_model(params: TrainParams, model: ModelConfig, data: TokenData) -> 
     return initial
 
 
-def _check_size(size: int, shards: int) -> None:
-    if size > shards or size & (size - 1):
-        raise UserError(
-            f"train: expected 1, 2, 4, … processes, at most train.shards ({shards}), found {size}; set launch.processes"
-        )
-
-
 def _check_digests(group: Group, digests: dict[str, Any]) -> None:
     """Refuse ranks, such as those on a second machine, that have other params, tokens or code."""
     if difference := _difference(group.broadcast(digests), digests):
@@ -135,17 +132,14 @@ def _check_digests(group: Group, digests: dict[str, Any]) -> None:
         )
 
 
-def _difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """The fields in which two trees of plain values differ."""
-    return "; ".join(_differences(expected, found, ""))
-
-
-def _differences(expected: Any, found: Any, path: str) -> Iterator[str]:
+def _difference(expected: Any, found: Any, path: str = "") -> str:
+    """The fields in which two trees of plain values differ; empty if they are equal."""
     if isinstance(expected, dict) and isinstance(found, dict):
-        for key in sorted(expected.keys() | found.keys()):
-            yield from _differences(expected.get(key), found.get(key), f"{path}.{key}")
-    elif expected != found:
-        yield f"{path.lstrip('.')} {found!r:.16} instead of {expected!r:.16}"
+        keys = sorted(expected.keys() | found.keys())
+        return "; ".join(
+            filter(None, (_difference(expected.get(key), found.get(key), f"{path}.{key}") for key in keys))
+        )
+    return "" if expected == found else f"{path.lstrip('.')} {found!r:.16} instead of {expected!r:.16}"
 
 
 def _resume(trainer: Trainer, folder: RunFolder, digests: dict[str, Any]) -> None:

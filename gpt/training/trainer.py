@@ -80,9 +80,10 @@ class Trainer:
             self.model.compile()  # in place: keeps the names of the weights
         self._sharded = ShardedModel(self.model, group, params.shards)
         self.optimizers = make_optimizers(params, self.model, group)
-        block = model.config.block_size
-        batch_size = max(1, EVALUATION_TOKENS // block)
-        self._val_batches = evaluation_windows(data, block_size=block, batch_size=batch_size)
+        block_size = model.config.block_size
+        self._val_batches = evaluation_windows(
+            data, block_size=block_size, batch_size=max(1, EVALUATION_TOKENS // block_size)
+        )
 
     def run(
         self,
@@ -190,11 +191,10 @@ class Trainer:
 
     def _loss_of_shard(self, model: nn.Module, shard: int) -> Tensor:
         torch.manual_seed(seed_of(self.params.seed, self.progress.step, shard))  # for random windows and dropout
-        inputs_BT, targets_BT = self._windows_of_shard(shard)
-        device = self.group.device
+        inputs_BT, targets_BT = (tensor.to(self.group.device) for tensor in self._windows_of_shard(shard))
         with self._precision():
-            logits_BTV = model(inputs_BT.to(device))
-        return next_token_loss(logits_BTV, targets_BT.to(device))
+            logits_BTV = model(inputs_BT)
+        return next_token_loss(logits_BTV, targets_BT)
 
     def _precision(self) -> AbstractContextManager[None]:
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.params.precision == "bfloat16")

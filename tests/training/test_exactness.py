@@ -63,13 +63,18 @@ def run(data: TokenData, folder: RunFolder, *, stop_after: int | None = None) ->
         return {**weights, "history": (folder.path / "history.csv").read_bytes()}
 
 
+@pytest.fixture(scope="module")
+def whole(data: TokenData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The results of a run without interruption, in one process."""
+    return run(data, RunFolder(tmp_path_factory.mktemp("whole")))
+
+
 @pytest.mark.parametrize("steps", [1, 4, 5, 11])
-def test_stop_and_resume_change_no_byte(data: TokenData, tmp_path: Path, steps: int) -> None:
-    expected = run(data, RunFolder(tmp_path / "uninterrupted"))
+def test_stop_and_resume_change_no_byte(data: TokenData, tmp_path: Path, whole: dict[str, bytes], steps: int) -> None:
     folder = RunFolder(tmp_path / "stopped")
     run(data, folder, stop_after=steps)
     assert max(folder.path.glob("resume-*.pt")).name == f"resume-{steps:09d}.pt"
-    assert run(data, folder) == expected
+    assert run(data, folder) == whole
 
 
 def lose(patch: pytest.MonkeyPatch, name: str) -> None:
@@ -110,9 +115,8 @@ def test_negative_control_without_one_ingredient_the_bytes_differ(
 
 
 def test_a_damaged_state_is_reported_and_skipped_as_is_one_of_other_digests(
-    data: TokenData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: TokenData, tmp_path: Path, whole: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = run(data, RunFolder(tmp_path / "uninterrupted"))
     folder = RunFolder(tmp_path / "stopped")
     run(data, folder, stop_after=8)
     states = sorted(folder.path.glob("resume-*.pt"))
@@ -120,7 +124,7 @@ def test_a_damaged_state_is_reported_and_skipped_as_is_one_of_other_digests(
     content = bytearray(states[-1].read_bytes())
     content[len(content) // 2] ^= 1
     states[-1].write_bytes(content)
-    assert run(data, folder) == expected
+    assert run(data, folder) == whole
     assert "resume-000000008.pt" in capsys.readouterr().out
     assert folder.newest({})
     assert folder.newest({"code": "other"}) is None

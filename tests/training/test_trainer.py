@@ -118,7 +118,7 @@ def test_muons_update_does_not_depend_on_the_gradients_norm(shape: tuple[int, in
 
 def test_training_reduces_the_loss_and_records_the_best_step(data: TokenData, tmp_path: Path) -> None:
     with process_group(CPU, timeout_s=30) as group:
-        trainer = make_trainer(data, group)
+        trainer = make_trainer(data, group, model__n_layer=1, train__shards=1)
         folder = RunFolder(tmp_path)
         folder.history.resume(0)
         trainer.run(folder, {}, lambda record: None, lambda: False)

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from gpt.training.all_reduce import Peer, connect_peer
 
 BUCKET_MB = 25  # few large messages: each waits for the slower rank
 FOREVER = timedelta(days=365)
-STORE_TIMEOUT = timedelta(seconds=5)  # once a rank is lost, and perhaps the machine of the store with it
+STORE_TIMEOUT_S = 5  # once a rank is lost
 PR_SET_PDEATHSIG = 1  # from Linux's <sys/prctl.h>
 
 
@@ -46,6 +47,7 @@ class Group:
     device: torch.device
     timeout_s: int
     store: Store
+    names: list[str]
     peers: list[Peer] = field(default_factory=list)
 
     @property
@@ -103,12 +105,17 @@ class Group:
 
     def _lost_rank(self, peer: int | None) -> str:
         """Name the rank that is lost; the first rank to notice tells the others, which would else name that one."""
-        names = [f"rank {rank}" for rank in range(self.size) if rank == peer or (peer is None and rank != self.rank)]
-        with suppress(RuntimeError):  # the store is on a machine that cannot be reached
-            self.store.set_timeout(STORE_TIMEOUT)
-            names = [f"{name} ({self.store.get(name).decode()})" for name in names]
-            return self.store.compare_set("lost", "", " or ".join(names)).decode()
-        return " or ".join(names)
+        others = [*range(self.rank), *range(self.rank + 1, self.size)]
+        lost = [" or ".join(self.names[rank] for rank in (others if peer is None else [peer]))]
+
+        def tell() -> None:
+            with suppress(RuntimeError):
+                lost.append(self.store.compare_set("lost", "", lost[0]).decode())
+
+        thread = threading.Thread(target=tell, daemon=True)  # blocks if the machine of the store cannot be reached
+        thread.start()
+        thread.join(STORE_TIMEOUT_S)
+        return lost[-1]
 
 
 def env_rank() -> int:
@@ -133,16 +140,17 @@ def process_group(
     """
     _die_with_torchrun()
     store, rank, size, timeout = _store(), env_rank(), env_size(), timedelta(seconds=timeout_s)
-    group = Group(rank, size, device, timeout_s, store)
+    group = Group(rank, size, device, timeout_s, store, [f"rank {number}" for number in range(size)])
     if group.is_main:
         before_joining()
-    store.set(f"rank {rank}", f"PID {os.getpid()} on {socket.gethostname()}")
+    store.set(group.names[rank], f"PID {os.getpid()} on {socket.gethostname()}")
     store.wait(["rank 0"], FOREVER)
     lost = False
     try:
         with group.collective():
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        group.names[:] = [f"{name} ({store.get(name).decode()})" for name in group.names]
         for level in range(size.bit_length() - 1):
             peer = rank ^ (1 << level)
             with group.collective(peer):

@@ -21,6 +21,7 @@ from gpt.training.ema import WeightAverage
 from gpt.training.history import Record, read_records
 from gpt.training.run_folder import RunFolder
 from gpt.training.trainer import Trainer
+from tests.conftest import RunMain
 from tests.support import processes
 from tests.support.common import (
     TRAINED,
@@ -141,8 +142,10 @@ def start(folder: Path, tokens: Path, *more: str, ranks: int = 1, kill_at: int |
     return processes.start(folder, arguments(tokens, *more), ranks=ranks, kill_at=kill_at)
 
 
-def start_torchrun(folder: Path, tokens: Path, *more: str) -> "tuple[subprocess.Popen[str], list[psutil.Process]]":
-    """Start two ranks under torchrun; returns it and its workers when they are at step 10."""
+def start_torchrun(
+    folder: Path, tokens: Path, *more: str, step: int
+) -> "tuple[subprocess.Popen[str], list[psutil.Process]]":
+    """Start two ranks under torchrun; returns it and its workers when they are at a step."""
     torchrun = subprocess.Popen(
         [TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "gpt", *arguments(tokens, *more)],
         cwd=folder,
@@ -151,7 +154,7 @@ def start_torchrun(folder: Path, tokens: Path, *more: str) -> "tuple[subprocess.
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    wait_for_step(folder, 10, torchrun.poll)
+    wait_for_step(folder, step, torchrun.poll)
     return torchrun, psutil.Process(torchrun.pid).children()
 
 
@@ -202,7 +205,7 @@ def last_saved(folder: Path) -> int:
     return max((int(path.stem.split("-")[1]) for path in (folder / "run").glob("resume-*.pt")), default=0)
 
 
-@pytest.mark.parametrize(("first", "interval"), [(3, 15), pytest.param(0, 1, marks=pytest.mark.proof)])
+@pytest.mark.parametrize(("first", "interval"), [(3, 16), pytest.param(0, 1, marks=pytest.mark.proof)])
 def test_a_kill_before_any_file_operation_changes_no_byte(
     tmp_path: Path, tokens: Path, first: int, interval: int
 ) -> None:
@@ -285,11 +288,11 @@ def test_workers_end_when_torchrun_is_killed_or_one_of_them_hangs(
 ) -> None:
     """A rank that hangs is killed by torchrun, after a grace period of 30 s, once the other one has ended."""
     folder = prepare(tmp_path / "torchrun")
-    torchrun, workers = start_torchrun(folder, tokens)
+    torchrun, workers = start_torchrun(folder, tokens, step=10)
     torchrun.kill()
     torchrun.communicate(timeout=30)
     assert psutil.wait_procs(workers, timeout=20)[1] == []
-    torchrun, workers = start_torchrun(folder, tokens, "--timeout", "2")
+    torchrun, workers = start_torchrun(folder, tokens, "--timeout", "2", step=20)
     (hung,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
     hung.suspend()
     _, errors = torchrun.communicate(timeout=120)
@@ -338,11 +341,9 @@ def test_a_failed_write_leaves_the_old_state(data: TokenData, tmp_path: Path) ->
     assert not list(folder.path.glob(".*.tmp"))
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path: Path, tokens: Path) -> None:
-    folder = prepare(tmp_path / "work")
-    (folder / "metrics").write_text("a file instead of a folder")
-    (running,) = start(folder, tokens)
-    code, errors = running.wait()
-    assert code == 2
-    assert "metrics/train.json" in only_line(errors)
-    assert not (folder / "run" / "history.jsonl").exists()
+def test_an_output_that_cannot_be_written_is_refused_before_training(
+    tmp_path: Path, tokens: Path, run_main: RunMain
+) -> None:
+    (prepare(tmp_path) / "metrics").write_text("a file instead of a folder")
+    assert "metrics/train.json" in run_main(*arguments(tokens), code=2)
+    assert not (tmp_path / "run" / "history.jsonl").exists()

@@ -90,6 +90,7 @@ class ProfiledPeer:
     """A peer whose all-reduce appears in the profile."""
 
     def __init__(self, peer: Peer) -> None:
+        self.rank = peer.rank
         self._peer = peer
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -104,8 +105,7 @@ class ProfiledPeer:
 
 def network_peers(group: Group) -> list[Peer]:
     """The peers of this rank, as if every rank ran on its own host."""
-    distances = [1 << level for level in range(group.size.bit_length() - 1)]
-    return [NetworkPeer(sorted((group.rank, group.rank ^ distance)), TIMEOUT) for distance in distances]
+    return [NetworkPeer(group.rank, peer.rank, TIMEOUT) for peer in group.peers]
 
 
 def trainer(recipe: str, data: TokenData, group: Group, *changes: str) -> Trainer:
@@ -128,7 +128,7 @@ def operations(each: Trainer) -> float:
     with FlopCounterMode(display=False) as counter:
         each.train_step()
     muon = muon_operations(each)
-    return sum(found for (found,) in each.group.all_gather([float(counter.get_total_flops() - muon)]))
+    return each.group.sum([float(counter.get_total_flops() - muon)])[0]
 
 
 def muon_operations(each: Trainer) -> float:
@@ -143,7 +143,7 @@ def peak(precision: torch.dtype, group: Group) -> float:
     """Operations per second of large matrix products on all ranks at once."""
     left, right = (torch.randn(PEAK_SIZE, PEAK_SIZE).to(precision) for _ in range(2))
     mine = 2 * PEAK_SIZE**3 / seconds(lambda: left @ right, PEAK_TIMES)
-    return sum(found for (found,) in group.all_gather([mine]))
+    return group.sum([mine])[0]
 
 
 def time_by_operation(each: Trainer, steps: int) -> dict[str, float]:

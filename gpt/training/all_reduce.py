@@ -14,7 +14,6 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -27,18 +26,16 @@ CHUNK_BYTES = 1 << 22  # size of an exchange: more than a small model's gradient
 SPIN_S = 0.005  # of polling before the process sleeps: a wake-up takes longer than most waits
 
 
-class LostPeerError(RuntimeError):
-    """The peer died or does not answer."""
-
-
 class Peer(Protocol):
     """The connection of this rank to one other."""
+
+    rank: int
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum the tensors of the two ranks, in place; both call this with tensors of the same size.
 
         Raises:
-            RuntimeError: the peer died or does not answer in time.
+            OSError, RuntimeError: the peer died or does not answer in time.
         """
 
     def close(self) -> None:
@@ -48,8 +45,9 @@ class Peer(Protocol):
 class NetworkPeer:
     """A peer on another machine, or on a GPU: a process group of two."""
 
-    def __init__(self, ranks: Sequence[int], timeout: timedelta) -> None:
-        self._group = dist.new_group([*ranks], timeout=timeout, use_local_synchronization=True)
+    def __init__(self, rank: int, peer: int, timeout: timedelta) -> None:
+        self.rank = peer
+        self._group = dist.new_group(sorted((rank, peer)), timeout=timeout, use_local_synchronization=True)
 
     def all_reduce(self, tensor: Tensor) -> None:
         """See `Peer`."""
@@ -68,13 +66,11 @@ class SharedMemoryPeer:
     """
 
     def __init__(self, store: Store, rank: int, peer: int, timeout: timedelta) -> None:
-        self._peer, self._timeout_s = peer, timeout.total_seconds()
+        self.rank = peer
+        self._timeout_s = timeout.total_seconds()
         self._side = int(rank > peer)
         connect = _attach_memory if self._side else _create_memory
-        try:
-            self._socket, memory = connect(store, f"pair {min(rank, peer)} {max(rank, peer)}", self._timeout_s)
-        except OSError as error:
-            raise self._lost(error) from error
+        self._socket, memory = connect(store, f"pair {min(rank, peer)} {max(rank, peer)}", self._timeout_s)
         self._slots = torch.frombuffer(memory, dtype=torch.uint8).view(2, 2, CHUNK_BYTES)
         self._slot = 0
         self._socket.setblocking(False)
@@ -96,22 +92,15 @@ class SharedMemoryPeer:
 
     def _synchronize(self) -> None:
         """Signal that this rank has written; wait until the peer has."""
-        try:
-            self._socket.send(b".")
-            spin_until = time.monotonic() + SPIN_S
-            while not self._readable.poll(0):
-                if time.monotonic() < spin_until:
-                    os.sched_yield()
-                elif not self._readable.poll(1000 * self._timeout_s):
-                    raise TimeoutError(f"no answer for {self._timeout_s:.0f} s")
-            signal = self._socket.recv(1)
-        except OSError as error:
-            raise self._lost(error) from error
-        if not signal:
-            raise self._lost("it closed the connection")
-
-    def _lost(self, reason: object) -> LostPeerError:
-        return LostPeerError(f"rank {self._peer} is lost: {reason}")
+        self._socket.send(b".")
+        spin_until = time.monotonic() + SPIN_S
+        while not self._readable.poll(0):
+            if time.monotonic() < spin_until:
+                os.sched_yield()
+            elif not self._readable.poll(1000 * self._timeout_s):
+                raise TimeoutError(f"rank {self.rank} did not answer for {self._timeout_s:.0f} s")
+        if not self._socket.recv(1):
+            raise ConnectionResetError(f"rank {self.rank} closed the connection")
 
 
 def _create_memory(store: Store, key: str, timeout_s: float) -> tuple[socket.socket, mmap.mmap]:
@@ -139,18 +128,10 @@ def _attach_memory(store: Store, key: str, timeout_s: float) -> tuple[socket.soc
         return connection, mmap.mmap(file.fileno(), 0)
 
 
-def connect_peers(rank: int, size: int, device: torch.device, store: Store, timeout: timedelta) -> list[Peer]:
-    """Connect a rank to its peers, in the order of the exchanges."""
+def connect_peer(store: Store, rank: int, peer: int, device: torch.device, timeout: timedelta) -> Peer:
+    """Connect two ranks: through shared memory if both are on this machine and compute on its CPU."""
     first = rank - int(os.environ.get("LOCAL_RANK", "0"))  # of this machine, as torchrun tells
     local = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    shared_memory = device.type == "cpu" and sys.platform == "linux"
-    peers: list[Peer] = []
-    distance = 1
-    while distance < size:
-        peer = rank ^ distance
-        if shared_memory and peer in local:
-            peers.append(SharedMemoryPeer(store, rank, peer, timeout))
-        elif peer < size:  # else the number of ranks is no power of two, which `train` refuses after this
-            peers.append(NetworkPeer(sorted((rank, peer)), timeout))
-        distance *= 2
-    return peers
+    if peer in local and device.type == "cpu" and sys.platform == "linux":
+        return SharedMemoryPeer(store, rank, peer, timeout)
+    return NetworkPeer(rank, peer, timeout)

@@ -6,13 +6,14 @@ commutative but not associative, so a fixed tree gives equal bits for 1, 2, 4, â
 """
 
 import ctypes
-import io
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,17 @@ from torch.distributed import GradBucket, HashStore, PrefixStore, Store, TCPStor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.training.all_reduce import Peer, connect_peers
-from gpt.training.heartbeat import Heartbeat, LostRankError
+from gpt.core.errors import OneLineError
+from gpt.training.all_reduce import Peer, connect_peer
 
 BUCKET_MB = 25  # few large messages: each waits for the slower rank
 FOREVER = timedelta(days=365)
+STORE_TIMEOUT_S = 5  # once a rank is lost
 PR_SET_PDEATHSIG = 1  # from Linux's <sys/prctl.h>
+
+
+class LostRankError(OneLineError):
+    """Another rank died or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,10 @@ class Group:
     rank: int
     size: int
     device: torch.device
-    heartbeat: Heartbeat
-    peers: Sequence[Peer]
+    timeout_s: int
+    store: Store
+    names: list[str]
+    peers: list[Peer] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:
@@ -50,15 +58,14 @@ class Group:
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum the tensors of all ranks, in place, in a fixed binary tree: all ranks get the same bits."""
         for peer in self.peers:
-            with self.heartbeat.collective():
+            with self.collective(peer.rank):
                 peer.all_reduce(tensor)
 
-    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
-        """Return the values of every rank, by rank; all ranks give equally many."""
-        by_rank = torch.zeros(self.size, len(values), dtype=torch.float64, device=self.device)
-        by_rank[self.rank] = torch.tensor(values, dtype=torch.float64)
-        self.all_reduce(by_rank)  # adding zeros changes no bit
-        return by_rank.tolist()
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sum equally long lists of all ranks by element, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        self.all_reduce(total)
+        return total.tolist()
 
     def all_gather_parts(self, tensors: Sequence[Tensor]) -> None:
         """Complete tensors, in place, of which each rank has computed other elements and set the rest to zero.
@@ -74,19 +81,41 @@ class Group:
             tensor.copy_(part.view(tensor.dtype).view_as(tensor))
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every rank: plain values and tensors, the latter on the CPU."""
-        file = io.BytesIO()
-        if self.is_main:
-            torch.save(value, file)
-        length = torch.tensor([file.tell()], device=self.device)
-        with self.heartbeat.collective():
-            dist.broadcast(length, src=0)
-        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
-        if self.is_main:
-            content.copy_(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
-        with self.heartbeat.collective():
-            dist.broadcast(content, src=0)
-        return torch.load(io.BytesIO(content.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+        """Return rank 0's value on every rank: plain values and tensors on the CPU."""
+        values = [value]
+        with self.collective():
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    @contextmanager
+    def collective(self, peer: int | None = None) -> Iterator[None]:
+        """Turn the failure of a collective operation, or of an exchange with one peer, into a LostRankError.
+
+        Torch raises a plain RuntimeError for a lost rank, so the block must contain nothing but the operation.
+        """
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            if self.size == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            lost = self._lost_rank(peer)
+            raise LostRankError(
+                f"{lost} died, or did not answer within {self.timeout_s} s; run again to continue"
+            ) from error
+
+    def _lost_rank(self, peer: int | None) -> str:
+        """Name the rank that is lost; the first rank to notice tells the others, which would else name that one."""
+        others = [*range(self.rank), *range(self.rank + 1, self.size)]
+        lost = [" or ".join(self.names[rank] for rank in (others if peer is None else [peer]))]
+
+        def tell() -> None:
+            with suppress(RuntimeError):
+                lost.append(self.store.compare_set("lost", "", lost[0]).decode())
+
+        thread = threading.Thread(target=tell, daemon=True)  # blocks if the machine of the store cannot be reached
+        thread.start()
+        thread.join(STORE_TIMEOUT_S)
+        return lost[-1]
 
 
 def env_rank() -> int:
@@ -94,46 +123,48 @@ def env_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def env_size() -> int:
+    """The number of ranks as torchrun set it; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def process_group(
     device: torch.device, *, timeout_s: int, before_joining: Callable[[], None] = lambda: None
 ) -> Iterator[Group]:
-    """Join the process group that torchrun started; without torchrun, a group of one.
+    """Join the process group that torchrun started, of 1, 2, 4, â€¦ ranks; without torchrun, a group of one.
 
     Args:
-        timeout_s: seconds after which a rank that does not answer counts as lost.
+        timeout_s: seconds after which a rank that does not answer counts as lost: a LostRankError.
         before_joining: called on rank 0 (to wait for a lock); the other ranks wait for it without a limit.
-
-    Raises:
-        LostRankError: another rank died or hangs.
     """
     _die_with_torchrun()
-    rank, size, timeout = env_rank(), int(os.environ.get("WORLD_SIZE", "1")), timedelta(seconds=timeout_s)
-    store = _store()
-    if rank == 0:
+    store, rank, size, timeout = _store(), env_rank(), env_size(), timedelta(seconds=timeout_s)
+    group = Group(rank, size, device, timeout_s, store, [f"rank {number}" for number in range(size)])
+    if group.is_main:
         before_joining()
-        store.set("rank 0 is ready", "yes")
-    store.wait(["rank 0 is ready"], FOREVER)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    heartbeat = Heartbeat(store, rank, size, timeout_s)
-    peers: list[Peer] = []
+    store.set(group.names[rank], f"PID {os.getpid()} on {socket.gethostname()}")
+    store.wait(["rank 0"], FOREVER)
+    lost = False
     try:
-        with heartbeat.collective():
+        with group.collective():
+            backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        with heartbeat.collective():
-            peers = connect_peers(rank, size, device, store, timeout)
-        yield Group(rank, size, device, heartbeat, peers)
+        group.names[:] = [f"{name} ({store.get(name).decode()})" for name in group.names]
+        for level in range(size.bit_length() - 1):
+            peer = rank ^ (1 << level)
+            with group.collective(peer):
+                # A higher level waits longer: the lost rank's own peer gives up before those that wait for that peer.
+                group.peers.append(connect_peer(store, rank, peer, device, timeout * (level + 1)))
+        yield group
     except LostRankError:
-        raise  # without destroy_process_group, which could wait for the lost rank
-    except BaseException:
-        dist.destroy_process_group()
+        lost = True
         raise
-    else:
-        dist.destroy_process_group()
     finally:
-        for peer in peers:
-            peer.close()
-        heartbeat.stop()
+        for connected in group.peers:
+            connected.close()
+        if not lost:  # else destroy_process_group could wait for the lost rank
+            dist.destroy_process_group()
 
 
 def _die_with_torchrun() -> None:
@@ -164,12 +195,12 @@ class ShardedModel:
     def __init__(self, model: nn.Module, group: Group, shards: int, *, bucket_mb: float = BUCKET_MB) -> None:
         self._shards = shards
         self._group = group
-        self._steps = 0
         self._pending: list[tuple[int, dict[Tensor, Tensor]]] = []  # (level, gradients): subtrees without a right half
         ids = [group.device.index] if group.device.type == "cuda" else None
-        with group.heartbeat.collective():  # DDP compares the shapes and broadcasts rank 0's weights
+        with group.collective():  # DDP compares the shapes and broadcasts rank 0's weights
             self._ddp = DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=bucket_mb)
-        self._ddp.broadcast_buffers = False  # buffers are constants: no collective in every forward pass
+        # Buffers are constants. The constructor's argument has another name in each version of torch.
+        self._ddp.broadcast_buffers = False
         self._ddp.register_comm_hook(None, self._sum_bucket)
 
     def backward(self, loss_of_shard: Callable[[nn.Module, int], Tensor]) -> list[float]:
@@ -179,25 +210,22 @@ class ShardedModel:
             loss_of_shard: called with the model and a shard's number; returns the shard's mean loss, a scalar.
 
         Returns:
-            The losses of this rank's shards, in their order.
+            The losses by shard; zero for the shards of other ranks.
         """
-        losses: list[Tensor] = []
+        losses = torch.zeros(self._shards, device=self._group.device)
         count = self._shards // self._group.size  # consecutive shards, so that they form a subtree
-        for shard in range(self._group.rank * count, (self._group.rank + 1) * count):
-            last = len(losses) == count - 1
+        first = self._group.rank * count
+        for shard in range(first, first + count):
+            last = shard == first + count - 1
             self._ddp.zero_grad(set_to_none=True)  # else a shard's gradient would include the one before
-            # DDP broadcasts the new order of its buckets before the first forward pass of the second step.
-            reorders = self._steps == 1 and not losses
             with nullcontext() if last else self._ddp.no_sync():
-                with self._group.heartbeat.collective() if reorders else nullcontext():
-                    loss = loss_of_shard(self._ddp, shard)
+                loss = loss_of_shard(self._ddp, shard)
                 loss.backward()  # type: ignore[no-untyped-call]
             if not last:
                 self._push({weight: weight.grad for weight in self._ddp.parameters() if weight.grad is not None})
-            losses.append(loss.detach())
+            losses[shard] = loss.detach()
         self._pending.clear()
-        self._steps += 1
-        return [float(loss) for loss in losses]
+        return losses.tolist()
 
     def _push(self, gradients: dict[Tensor, Tensor]) -> None:
         """Add a leaf to the tree and merge subtrees of equal level, as a binary counter carries."""

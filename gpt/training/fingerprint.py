@@ -68,11 +68,14 @@ def imported_files(module: str) -> list[Path]:
 def _imported_names(path: Path) -> list[str]:
     """The dotted names that a file imports; `from a import b` gives `a.b`, which may be a module or not."""
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    statements: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    for statement in statements:  # it grows; ast.walk would visit every expression, too
+        if isinstance(statement, ast.Import):
+            names += [alias.name for alias in statement.names]
+        elif isinstance(statement, ast.ImportFrom) and statement.module:
+            names += [f"{statement.module}.{alias.name}" for alias in statement.names]
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            statements += getattr(statement, block, [])
     return names
 
 

@@ -1,7 +1,6 @@
 """Muon, an optimizer for matrices (Jordan et al. 2024); the ranks share its work."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,18 +56,15 @@ class Muon(torch.optim.Optimizer):
         shape (8, 8) and [1 transposed, 2] of shape (8, 32); rank 0 computes 0 and 1, rank 1 computes 3 and 2.
         """
         wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
-        indices_by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-        for index, matrix in enumerate(wide):
-            indices_by_shape[matrix.shape].append(index)
-        stacks = [torch.stack([wide[index] for index in indices]).bfloat16() for indices in indices_by_shape.values()]
+        shapes = dict.fromkeys(matrix.shape for matrix in wide)
+        stacks = [torch.stack([matrix for matrix in wide if matrix.shape == shape]).bfloat16() for shape in shapes]
         for stack in stacks:
             begin, end = (len(stack) * rank // self._ranks.size for rank in (self._ranks.rank, self._ranks.rank + 1))
             result = orthogonalize(stack[begin:end])
             stack.zero_()[begin:end] = result
         self._ranks.all_gather_parts(stacks)
-        for indices, stack in zip(indices_by_shape.values(), stacks, strict=True):
-            for index, matrix in zip(indices, stack, strict=True):
-                wide[index] = matrix
+        results = {stack.shape[1:]: iter(stack) for stack in stacks}
+        wide = [next(results[matrix.shape]) for matrix in wide]
         return [new.T if old.shape[0] > old.shape[1] else new for old, new in zip(matrices, wide, strict=True)]
 
 

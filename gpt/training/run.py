@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gpt.model.config import ModelConfig
 from gpt.model.device import choose_device, slow_in_bfloat16
 from gpt.model.gpt import LanguageModel, count_parameters
 from gpt.tokenizers.base import Tokenizer
-from gpt.training.distributed import Group, env_rank, process_group
+from gpt.training.distributed import Group, env_rank, env_size, process_group
 from gpt.training.history import History
 from gpt.training.overfitting import find_overfitting
 from gpt.training.progress import ProgressReporter
@@ -63,20 +64,26 @@ def train(
         StoppedError: SIGTERM or SIGINT stopped the training early.
     """
     check_lengths(data, block_size=model.block_size)
+    if (size := env_size()) > params.shards or size & (size - 1):
+        raise UserError(
+            f"train: expected 1, 2, 4, … processes, at most train.shards ({params.shards}), found {size}; "
+            "set launch.processes"
+        )
     device = choose_device(params.device, "train.device")
     if env_rank() == 0:
         for path in (*vars(outputs).values(), folder.history.path):
             prepare_output(path)
     with ExitStack() as stack:
-        lock = folder.locked(report)
-        group = stack.enter_context(
-            process_group(device, timeout_s=timeout_s, before_joining=lambda: stack.enter_context(lock))
-        )
-        _check_ranks(group, params.shards, digests)
+        lock = partial(stack.enter_context, folder.locked())
+        group = stack.enter_context(process_group(device, timeout_s=timeout_s, before_joining=lock))
+        _check_digests(group, digests)
         trainer = Trainer(params, _initial_model(params, model, data), data, group)
         _resume(trainer, folder, digests)
         if group.is_main and params.precision == "bfloat16" and slow_in_bfloat16(device):
-            report("this CPU has no instructions for bfloat16: float32 will be faster (-S train.precision=float32)")
+            report(
+                "this CPU has no instructions for bfloat16: -S train.precision=float32 will be faster, but Muon always "
+                "computes in bfloat16; -S train.optimizer=adamw avoids that"
+            )
         with _stop_on_signals() as should_stop:
             if trainer.progress.step < params.max_steps:
                 progress = ProgressReporter(params.max_steps, trainer.progress.step, folder.history, show=group.is_main)
@@ -92,15 +99,10 @@ def load_init_checkpoint(path: Path, params: ModelConfig, tokenizer: Tokenizer) 
         UserError: the file is not a checkpoint, or it has another architecture or tokenizer.
     """
     checkpoint = load_checkpoint(path)
-    expected, found = params.model_dump(), checkpoint.model.model_dump()
-    difference = [
-        f"{key} {found[key]!r} instead of {value!r}"
-        for key, value in expected.items()
-        if key not in IRRELEVANT and found[key] != value
-    ]
-    if difference:
+    expected, found = (config.model_dump(exclude=IRRELEVANT) for config in (params, checkpoint.model))
+    if difference := _difference(expected, found):
         raise UserError(
-            f"train.init_from: expected a model of the same architecture, found in {path}: {'; '.join(difference)}; "
+            f"train.init_from: expected a model of the same architecture, found in {path}: {difference}; "
             "set the section model to its values"
         )
     if checkpoint.tokenizer != tokenizer:
@@ -121,33 +123,29 @@ def _initial_model(params: TrainParams, model: ModelConfig, data: TokenData) -> 
     return initial
 
 
-def _check_ranks(group: Group, shards: int, digests: dict[str, Any]) -> None:
-    """Refuse a number of ranks that does not divide the shards, and ranks with other params, tokens or code."""
-    if group.size > shards or group.size & (group.size - 1):
-        raise UserError(
-            f"train: expected 1, 2, 4, … processes, at most train.shards ({shards}), found {group.size}; "
-            "set launch.processes"
-        )
-    difference = _difference(group.broadcast(digests), digests)
-    if difference:
+def _check_digests(group: Group, digests: dict[str, Any]) -> None:
+    """Refuse ranks, such as those on a second machine, that have other params, tokens or code."""
+    if difference := _difference(group.broadcast(digests), digests):
         raise UserError(
             f"train: expected the params, tokens and code of rank 0 on every rank, found on rank {group.rank}: "
-            f"{'; '.join(difference)}; give both machines the same files"
+            f"{difference}; give both machines the same files"
         )
 
 
-def _difference(expected: Any, found: Any, path: str = "") -> list[str]:
-    """The fields in which two trees of plain values differ."""
+def _difference(expected: Any, found: Any, path: str = "") -> str:
+    """The fields in which two trees of plain values differ; empty if they are equal."""
     if isinstance(expected, dict) and isinstance(found, dict):
         keys = sorted(expected.keys() | found.keys())
-        return [line for key in keys for line in _difference(expected.get(key), found.get(key), f"{path}.{key}")]
-    return [] if expected == found else [f"{path.lstrip('.')} {str(found)[:16]} instead of {str(expected)[:16]}"]
+        return "; ".join(
+            filter(None, (_difference(expected.get(key), found.get(key), f"{path}.{key}") for key in keys))
+        )
+    return "" if expected == found else f"{path.lstrip('.')} {found!r:.16} instead of {expected!r:.16}"
 
 
 def _resume(trainer: Trainer, folder: RunFolder, digests: dict[str, Any]) -> None:
     """Restore the newest resume state on all ranks; rank 0 reads it. Without one, start at step 0."""
     group = trainer.group
-    state = group.broadcast(folder.newest(digests, report) if group.is_main else None)
+    state = group.broadcast(folder.newest(digests) if group.is_main else None)
     if state:
         trainer.restore(*state)
     if group.is_main:

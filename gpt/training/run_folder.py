@@ -3,13 +3,14 @@
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gpt.core.cli import report
 from gpt.core.errors import UserError
 from gpt.core.files import read_json, write_json
 from gpt.model.checkpoint import read_tensors, write_tensors
@@ -27,7 +28,7 @@ class RunFolder:
         self.history = History(path / "history.jsonl")
 
     @contextmanager
-    def locked(self, report: Callable[[str], None]) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Hold the lock for the block; report which process holds it if that means waiting."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / "lock")
@@ -52,9 +53,7 @@ class RunFolder:
         for outdated in self._states()[:-KEPT_STATES]:
             outdated.unlink()
 
-    def newest(
-        self, digests: Mapping[str, object], report: Callable[[str], None]
-    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    def newest(self, digests: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Return the newest valid resume state with these digests, if there is one; report those that are skipped."""
         for path in reversed(self._states()):
             try:

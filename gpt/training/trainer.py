@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -81,9 +80,10 @@ class Trainer:
             self.model.compile()  # in place: keeps the names of the weights
         self._sharded = ShardedModel(self.model, group, params.shards)
         self.optimizers = make_optimizers(params, self.model, group)
-        block = model.config.block_size
-        batch_size = max(1, EVALUATION_TOKENS // block)
-        self._val_batches = evaluation_windows(data, block_size=block, batch_size=batch_size)
+        block_size = model.config.block_size
+        self._val_batches = evaluation_windows(
+            data, block_size=block_size, batch_size=max(1, EVALUATION_TOKENS // block_size)
+        )
 
     def run(
         self,
@@ -131,26 +131,23 @@ class Trainer:
         self.progress.step += 1
         rate = learning_rate_at(self.progress.step, self.params)
         self.model.train()
-        losses = self._sharded.backward(self._loss_of_shard)
-        by_rank = self.group.all_gather([*losses, float(stop)])  # one collective for both
-        losses = [loss for *losses_of_rank, _ in by_rank for loss in losses_of_rank]
-        stop = any(stop_of_rank for *_, stop_of_rank in by_rank)
+        losses_of_rank = self._sharded.backward(self._loss_of_shard)
+        *losses, stops = self.group.sum([*losses_of_rank, float(stop)])  # one collective for both
         loss = sum(losses) / len(losses)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.params.grad_clip))
         self._check_sanity(loss, norm)
         self._update_weights(rate)
         self.progress.losses_since_record.append(loss)
-        return rate, norm, stop
+        return rate, norm, stops > 0
 
     def evaluate(self) -> float:
         """Return the loss of the (averaged) weights on the validation split; keep the weights if it is the best."""
-        batches = self._val_batches[self.group.rank :: self.group.size]
+        sums = [0.0] * len(self._val_batches)
+        mine = slice(self.group.rank, None, self.group.size)
         with self.average.in_use() if self.average else nullcontext(), self._precision():
-            sums = [float(losses.sum()) for losses in token_losses(self.model, batches, self.group.device)]
-        rounds = math.ceil(len(self._val_batches) / self.group.size)
-        by_rank = self.group.all_gather(sums + [0.0] * (rounds - len(sums)))
-        total: float = sum(chain.from_iterable(zip(*by_rank, strict=True)))  # in the order of the batches
-        loss = total / len(self.data.val)
+            losses = token_losses(self.model, self._val_batches[mine], self.group.device)
+            sums[mine] = [float(losses_of_batch.sum()) for losses_of_batch in losses]
+        loss = sum(self.group.sum(sums)) / len(self.data.val)
         if self.progress.best_loss is None or loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = self.progress.step, loss
             self.best = _copy(self.average.weights if self.average else self.model.state_dict())
@@ -194,11 +191,10 @@ class Trainer:
 
     def _loss_of_shard(self, model: nn.Module, shard: int) -> Tensor:
         torch.manual_seed(seed_of(self.params.seed, self.progress.step, shard))  # for random windows and dropout
-        inputs_BT, targets_BT = self._windows_of_shard(shard)
-        device = self.group.device
+        inputs_BT, targets_BT = (tensor.to(self.group.device) for tensor in self._windows_of_shard(shard))
         with self._precision():
-            logits_BTV = model(inputs_BT.to(device))
-        return next_token_loss(logits_BTV, targets_BT.to(device))
+            logits_BTV = model(inputs_BT)
+        return next_token_loss(logits_BTV, targets_BT)
 
     def _precision(self) -> AbstractContextManager[None]:
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.params.precision == "bfloat16")

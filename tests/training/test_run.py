@@ -93,8 +93,9 @@ def train_on(text: str, folder: Path, *, steps: int) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "text.txt").write_text(text)
     tokenize(params=tokenize_params(), corpus=folder / "text.txt", out=folder / "tokens")
-    changes = {"train__max_steps": steps, "train__eval_interval": 20, "train__shards": 1, "model__block_size": 16}
-    params = small_params(**changes, train__save_interval=10, train__precision="float32", model__dropout=0.0)
+    changes = {"train__max_steps": steps, "train__eval_interval": 20, "train__shards": 1, "train__optimizer": "adamw"}
+    changes |= {"train__precision": "float32", "model__n_layer": 1, "model__block_size": 16, "model__dropout": 0.0}
+    params = small_params(**changes, train__save_interval=10)
     with logging_to([folder / "log"], "train"):
         train(
             params=check_section(Path("test"), "train", TrainParams, params),
@@ -123,11 +124,11 @@ def stop_after(step: int) -> Iterator[Callable[[], bool]]:
 def test_overfitting_is_reported_when_detected_and_at_the_end_also_after_a_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_on(UNEVEN, tmp_path / "whole", steps=100)
+    train_on(UNEVEN, tmp_path / "whole", steps=80)
     output = capsys.readouterr().out
     warning, last_warning = warnings_in(output)
     assert output.splitlines()[-1] == last_warning
-    assert "at step 100" in last_warning
+    assert "at step 80" in last_warning
     metrics = json.loads((tmp_path / "whole" / "train.json").read_text())
     table = pd.read_csv(tmp_path / "whole" / "history.csv", index_col="step")
     assert metrics["train_loss"] == round(table.loc[metrics["best_step"], "train_loss"], 4)
@@ -136,9 +137,9 @@ def test_overfitting_is_reported_when_detected_and_at_the_end_also_after_a_resum
     detected_at = int(re.findall(r"step (\d+)/", output.partition(warning)[0])[-1])
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr("gpt.training.run._stop_on_signals", lambda: stop_after(detected_at - 5))
-        train_on(UNEVEN, tmp_path / "stopped", steps=100)
+        train_on(UNEVEN, tmp_path / "stopped", steps=80)
     assert warnings_in(capsys.readouterr().out) == []
-    train_on(UNEVEN, tmp_path / "stopped", steps=100)
+    train_on(UNEVEN, tmp_path / "stopped", steps=80)
     assert warnings_in(capsys.readouterr().out) == [warning, last_warning]
     names = ("model.pt", "train.json", "history.csv", "val.csv")
     assert contents(tmp_path / "stopped", names) == contents(tmp_path / "whole", names)

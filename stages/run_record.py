@@ -5,13 +5,14 @@
 .runs/<key>/logs/<stage>.log   of the commands: the log of this run
 .runs/<key>/row/train.json     a Record; also evaluate.json, generate.json and lock.json (of `stages.sync`)
 .runs/<key>/row/train/…        the small artifacts of that stage, under their MLflow names
-.runs/<key>/row.lock           see `lock`
+.runs/<key>/row.lock           see `lock`; row.owner names the process that holds it
 """
 
 import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -162,16 +163,18 @@ def lock(run: Path, *, wait: bool = True) -> Iterator[bool]:
     wrapper publishes, and testing it could delay a training.
     """
     run.mkdir(parents=True, exist_ok=True)
-    file = FileLock(run / "row.lock")
+    file, owner = FileLock(run / "row.lock"), run / "row.owner"
     try:
         file.acquire(timeout=0)
     except Timeout:
         if not wait:
             yield False
             return
-        print(f"waiting for another process that trains or publishes the run {run.name[:8]}", flush=True)
+        holder = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        print(f"waiting for the run {run.name[:8]}, which is trained or published by {holder}", flush=True)
         file.acquire()
     try:
+        owner.write_text(f"PID {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield True
     finally:
         file.release()

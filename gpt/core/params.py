@@ -4,14 +4,20 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from gpt.core.errors import UserError, without_secrets
+
+# The bounds of a kind of value: single precision can divide by such a number, a seed can be added to.
+Seed = Annotated[int, Field(ge=0, lt=1 << 53)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+PositiveFloat = Annotated[float, Field(ge=1e-12, le=1e12)]
+Probability = Annotated[float, Field(ge=1e-12, le=1)]
 
 
 class Section(BaseModel):

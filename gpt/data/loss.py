@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gpt.model.gpt import next_token_loss
 
 Batch = tuple[Tensor, Tensor]
+OVERFITTING_GAP = 2  # a validation loss of more than this many times the training loss
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from gpt.core.cli import report
 from gpt.core.errors import UserError
 from gpt.core.files import atomic_write, prepare_output, read_json, sha256_file, write_json
 from gpt.core.params import Section
@@ -86,7 +87,13 @@ def tokenize(*, params: TokenizeParams, corpus: Path, out: Path) -> Meta:
 
 def _open_corpus(path: Path, train_fraction: float) -> Corpus:
     """Count the characters and compute where the validation split starts."""
-    characters = sum(map(len, _read_chunks(path)))
+    characters = 0
+    line_ends = False
+    for chunk in _read_chunks(path):
+        characters += len(chunk)
+        line_ends = line_ends or "\r" in chunk
+    if line_ends:
+        report(f"{path} has carriage returns, which the model learns; to remove them: sed -i 's/\\r$//' FILE")
     if characters == 0:
         raise UserError(f"{path}: expected a training text, found an empty file; put a text there")
     train_characters = int(characters * train_fraction)
@@ -137,13 +144,16 @@ def _train_tokenizer(params: TokenizeParams, corpus: Corpus) -> Tokenizer:
 
 
 def _read_chunks(path: Path, start: int = 0, end: int = sys.maxsize) -> Iterator[str]:
-    """Read the characters `start` to `end` (exclusive) of a UTF-8 file in chunks, without newline conversion."""
+    """Read the characters `start` to `end` (exclusive) of a UTF-8 file in chunks, without newline conversion.
+
+    A byte order mark is no part of the text.
+    """
     try:
         file = path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: expected a text file, found: {error.strerror}; run the download stage") from None
     position = 0
-    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         try:
             while position < end and (chunk := text.read(CHUNK_CHARACTERS)):
                 yield chunk[max(start - position, 0) : end - position]

@@ -1,7 +1,8 @@
 """Evaluate a checkpoint: loss and calibration on the whole validation split, and memorization of the training text."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import chain, islice, tee
 from operator import itemgetter
 from typing import Literal
@@ -10,8 +11,9 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from gpt.core.params import Section
+from gpt.core.params import Count, Section, Seed
 from gpt.data.dataset import evaluation_windows
+from gpt.data.loss import OVERFITTING_GAP, token_losses
 from gpt.data.token_files import TokenData
 from gpt.evaluation.calibration import calibration_error, calibration_table, predictions
 from gpt.evaluation.interpretability import ModelInspection, inspect_model
@@ -27,16 +29,17 @@ from gpt.tokenizers.base import Tokenizer
 SAMPLES = 8  # texts that are generated, in one batch, to search them for copies
 MAX_TOKENS_PER_CHARACTER = 4  # the bytes of the longest UTF-8 character
 INSPECTED_TOKENS = 16  # of the validation split
+TRAINING_WINDOWS = 16  # of the training split, for comparison with the validation split
 MAX_PRINTED = 60  # characters of the longest copy
 
 
 class EvaluateParams(Section):
     """The section `evaluate`."""
 
-    batch_size: int = Field(ge=1)
+    batch_size: Count
     precision: Literal["float32", "bfloat16"]
-    sample_characters: int = Field(ge=SAMPLES * WINDOW)
-    seed: int = Field(ge=0)
+    sample_characters: int = Field(ge=SAMPLES * WINDOW, le=10**8)
+    seed: Seed
     device: Literal["auto", "cpu", "cuda"]
 
 
@@ -70,12 +73,18 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
         "longest_copy": len(copies.longest),
         "copied": copies.share,
     }
+    loss = nats / len(data.val)
     accuracy = f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['calibration_error']:.1%}"
     return Evaluation(
         metrics,
         loss_by_position(by_batch),
         calibration,
-        [_loss_summary(nats / len(data.val), bits, data), accuracy, _memorization_summary(copies, reference)],
+        [
+            _loss_summary(loss, bits, data),
+            accuracy,
+            _memorization_summary(copies, reference),
+            *_overfitting_summary(model, data, params.batch_size, loss, device),
+        ],
     )
 
 
@@ -109,6 +118,21 @@ def _loss_summary(loss: float, bits: float, data: TokenData) -> str:
         f"loss {loss:.4f} nats per token, {bits:.3f} bits per character, perplexity {math.exp(loss):.2f}; baselines: "
         f"bigram {bigram:.3f}, unigram {unigram:.3f}, uniform {math.log(size):.3f} nats per token"
     )
+
+
+def _overfitting_summary(
+    model: LanguageModel, data: TokenData, batch_size: int, val_loss: float, device: torch.device
+) -> Iterator[str]:
+    """A line if the loss on the beginning of the training split is far below that on the validation split."""
+    block_size = model.config.block_size
+    compared = replace(data, val=data.train[: TRAINING_WINDOWS * block_size + 1])
+    windows = evaluation_windows(compared, block_size=block_size, batch_size=batch_size)
+    train_loss = float(torch.cat([batch.flatten() for batch in token_losses(model, windows, device)]).mean())
+    if val_loss > OVERFITTING_GAP * train_loss:
+        yield (
+            f"overfitting: the loss on the training text is {train_loss:.3f} nats per token, that on the validation "
+            f"text {val_loss:.3f}"
+        )
 
 
 def _memorization_summary(copies: Copies, reference: Copies) -> str:

@@ -1,24 +1,33 @@
 """Sampling: from logits to the next token. Shapes: B sequences, V tokens of the vocabulary."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from gpt.core.params import Section
+from gpt.core.params import Count, PositiveFloat, Probability, Section, Seed
+
+MIN_TEMPERATURE = 1e-12  # below, quotients would overflow in single precision
+
+
+def _zero_or_normal(temperature: float) -> float:
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"expected 0 or at least {MIN_TEMPERATURE}, found {temperature}; take 0 for greedy decoding")
+    return temperature
 
 
 class SamplingParams(Section):
     """How tokens are sampled. The defaults apply when no params file is given."""
 
-    max_new_tokens: int = Field(default=500, ge=1)
-    temperature: float = Field(default=0.8, ge=0)
-    top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_new_tokens: Count = 500
+    temperature: Annotated[float, Field(ge=0, le=1e12), AfterValidator(_zero_or_normal)] = 0.8
+    top_k: Count | None = None
+    top_p: Probability | None = None
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    seed: int = Field(default=1337, ge=0)
+    repetition_penalty: PositiveFloat = 1.0
+    seed: Seed = 1337
 
 
 def next_token_probabilities(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> Tensor:

@@ -21,7 +21,7 @@ class GenerateParams(SamplingParams):
     """The section `generate`; in a params file every key is required."""
 
     prompts: list[str] = Field(default=[""], min_length=1)
-    samples: int = Field(default=1, ge=1)
+    samples: Annotated[int, Field(ge=1, le=10**6)] = 1
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
 
 

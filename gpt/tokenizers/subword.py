@@ -14,8 +14,9 @@ from gpt.tokenizers.base import MIN_FREQUENCY, Kind, Tokenizer, check_vocab_size
 if TYPE_CHECKING:
     import tokenizers
 
-# GPT-2's pre-tokenization without the contractions, and with bounded length: WordPiece takes quadratic time in it.
-WORDPIECE_PATTERN = r" ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
+# GPT-2's pre-tokenization (Radford et al. 2019) with bounded length: learning and encoding take quadratic time in it.
+CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
+PATTERN = r" ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
 MAX_PRE_TOKEN = 65  # characters that the pattern matches at most
 
 BYTES = 256
@@ -184,7 +185,9 @@ def _make_engine(model: "tokenizers.models.Model") -> "tokenizers.Tokenizer":
 
     engine = Tokenizer(model)
     if isinstance(model, models.BPE):
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        split = pre_tokenizers.Split(Regex(f"{CONTRACTIONS}|{PATTERN}"), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        engine.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     else:
-        engine.pre_tokenizer = pre_tokenizers.Split(Regex(WORDPIECE_PATTERN), "isolated")
+        engine.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     return engine

@@ -12,6 +12,7 @@ import os
 import secrets
 import select
 import socket
+import struct
 import sys
 import time
 from datetime import timedelta
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but not in its __all__
 
 CHUNK_BYTES = 1 << 22  # size of an exchange: more than a small model's gradients, less than a processor's cache
+PEER = struct.Struct("3i")  # process, user and group of the other end of a Unix socket (man 7 unix)
 SPIN_S = 0.005  # of polling before the process sleeps: a wake-up takes longer than most waits
 
 
@@ -112,9 +114,19 @@ def _create_memory(store: Store, key: str, timeout_s: float) -> tuple[socket.soc
         listener.bind(f"\0{address}")  # in Linux's abstract namespace: no file
         listener.listen(1)
         store.set(key, address)
-        connection, _ = listener.accept()
+        connection = _accept_own(listener)
         socket.send_fds(connection, [b"."], [file.fileno()])
         return connection, mmap.mmap(file.fileno(), 0)
+
+
+def _accept_own(listener: socket.socket) -> socket.socket:
+    """Accept a connection of this user; others can see the address, and are refused."""
+    while True:
+        connection, _ = listener.accept()
+        _, user, _ = PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+        if user == os.geteuid():
+            return connection
+        connection.close()
 
 
 def _attach_memory(store: Store, key: str, timeout_s: float) -> tuple[socket.socket, mmap.mmap]:

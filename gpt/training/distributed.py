@@ -25,7 +25,7 @@ from torch.distributed import GradBucket, HashStore, PrefixStore, Store, TCPStor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.core.errors import OneLineError
+from gpt.core.errors import OneLineError, UserError
 from gpt.training.all_reduce import Peer, connect_peer
 
 BUCKET_MB = 25  # few large messages: each waits for the slower rank
@@ -177,8 +177,11 @@ def _die_with_torchrun() -> None:
 
 def _store() -> Store:
     """The key-value store of the job: torchrun's, or one that rank 0 hosts."""
-    if "MASTER_ADDR" not in os.environ:
+    if "WORLD_SIZE" not in os.environ:  # without torchrun
         return HashStore()
+    if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        names = " and ".join(sorted(missing))
+        raise UserError(f"{names}: expected beside WORLD_SIZE, found nothing; start the training by torchrun")
     hosted_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -199,7 +202,7 @@ class ShardedModel:
         ids = [group.device.index] if group.device.type == "cuda" else None
         with group.collective():  # DDP compares the shapes and broadcasts rank 0's weights
             self._ddp = DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=bucket_mb)
-        # Buffers are constants. The constructor's argument has another name in each version of torch.
+        # Buffers are constants. Torch 2.13 deprecates the constructor's argument.
         self._ddp.broadcast_buffers = False
         self._ddp.register_comm_hook(None, self._sum_bucket)
 

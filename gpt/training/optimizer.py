@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from gpt.core.params import Section
+from gpt.core.params import Count, PositiveFloat, Section
 from gpt.training.distributed import Group
 from gpt.training.muon import Muon
 
@@ -15,18 +15,18 @@ from gpt.training.muon import Muon
 class OptimizerParams(Section):
     """The keys of the section `train` that the optimizers use."""
 
-    max_steps: int = Field(ge=1)
+    max_steps: Count
     optimizer: Literal["adamw", "muon"]
-    learning_rate: float = Field(gt=0)
-    min_learning_rate: float = Field(ge=0)
-    warmup_steps: int = Field(ge=0)
+    learning_rate: PositiveFloat
+    min_learning_rate: float = Field(ge=0, le=1e12)
+    warmup_steps: int = Field(ge=0, le=10**9)
     schedule: Literal["cosine", "linear"]
     beta1: float = Field(ge=0, lt=1)
     beta2: float = Field(ge=0, lt=1)
-    weight_decay: float = Field(ge=0)
-    muon_learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(ge=0, le=1e12)
+    muon_learning_rate: PositiveFloat
     muon_momentum: float = Field(ge=0, lt=1)
-    muon_weight_decay: float = Field(ge=0)
+    muon_weight_decay: float = Field(ge=0, le=1e12)
 
     @model_validator(mode="after")
     def _min_is_below_max(self) -> "OptimizerParams":

@@ -28,7 +28,7 @@ from gpt.training.progress import ProgressReporter
 from gpt.training.run_folder import RunFolder
 from gpt.training.trainer import Trainer, TrainParams, seed_of
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 IRRELEVANT = {"dropout"}  # keys of the section model that change no weight's shape or meaning
 
 
@@ -61,7 +61,7 @@ def train(
     Raises:
         UserError: an output cannot be written, the text is too short, the device is missing, the init checkpoint does
             not match, or the training diverged.
-        StoppedError: SIGTERM or SIGINT stopped the training early.
+        StoppedError: SIGTERM, SIGINT or SIGHUP stopped the training early.
     """
     check_lengths(data, block_size=model.block_size)
     if (size := env_size()) > params.shards or size & (size - 1):
@@ -187,9 +187,13 @@ def _write(trainer: Trainer, outputs: Outputs, history: History) -> None:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Record SIGTERM (which Slurm too sends before the time limit) and Ctrl-C instead of ending at once."""
+    """Record SIGTERM (which Slurm too sends before the time limit), Ctrl-C and SIGHUP (of a closed terminal).
+
+    A signal that is ignored stays ignored, as SIGHUP under nohup.
+    """
     received: list[int] = []
-    previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in STOP_SIGNALS}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in handled}
     try:
         yield lambda: bool(received)
     finally:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gpt.core.errors import StoppedError, UserError
+from gpt.core.params import Count, PositiveFloat, Seed
 from gpt.data.dataset import evaluation_windows, random_windows, shuffled_windows
 from gpt.data.loss import Batch, token_losses
 from gpt.data.token_files import TokenData
@@ -30,18 +31,18 @@ EVALUATION_TOKENS = 2048  # in a batch; a constant, since the batch size changes
 class TrainParams(OptimizerParams):
     """The section `train`."""
 
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=1 << 16)
     windows: Literal["shuffled", "random"]
     init_from: str | None = Field(min_length=1)
     weight_average: float = Field(ge=0, lt=1)
-    grad_clip: float = Field(gt=0)
+    grad_clip: PositiveFloat
     precision: Literal["float32", "bfloat16"]
     compile: bool
-    log_interval: int = Field(ge=1)
-    eval_interval: int = Field(ge=1)
-    save_interval: int = Field(ge=1)
-    seed: int = Field(ge=0)
-    shards: int = Field(ge=1)
+    log_interval: Count
+    eval_interval: Count
+    save_interval: Count
+    seed: Seed
+    shards: int = Field(ge=1, le=1024)
     device: Literal["auto", "cpu", "cuda"]
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Overfitting is found where the validation loss rises and the training loss falls, twice in a row."""
+"""Overfitting is found where the validation loss rises and the training loss falls, or both are far apart."""
 
 import pytest
 
@@ -29,6 +29,8 @@ def history(evaluations: Losses) -> list[Record]:
         ([*FALLING, (1.45, 1.1), (1.401, 1.0), (1.45, 0.9)], None),  # not consecutive
         ([*FALLING, (1.413, 1.1), (1.413, 1.0)], None),  # within 1 %
         ([*FALLING, (1.45, 1.195), (1.45, 1.195)], None),
+        ([(0.94, 0.61), (1.33, 0.5)], 40),  # once, but by more than noise
+        ([(1.2, 1.1), (0.94, 0.21)], 40),  # memorized at the best evaluation
         ([*FALLING, (1.6, 1.5), (1.7, 1.6)], None),  # both rise: the training diverges
         ([*FALLING, (1.45, 1.1), (1.5, 1.0), (1.39, 0.95)], None),  # a new best evaluation
         ([*FALLING, (1.45, 0.9), (1.5, 0.8), (1.39, 1.1)], None),

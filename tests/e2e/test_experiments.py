@@ -9,22 +9,23 @@ import signal
 import socket
 import sqlite3
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
+from dvc.utils.hydra import apply_overrides
 from mlflow.entities import Run
 from pyroute2 import NetNS, netns
+from ruamel.yaml import YAML
 
-from tests.support.common import ROOT, contents, read_yaml, run, wait_for
+from tests.support.common import ROOT, contents, read_yaml, run, stage_line, wait_for
 from tests.support.project import (
     OUTPUTS,
     QUEUE_S,
+    TRAINED,
     artifacts,
     clone,
     command,
@@ -43,9 +44,6 @@ from tests.support.project import (
     stop_workers,
     store,
 )
-
-PARAMS_FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
-TRAINED = ("chargpt_nano.pt", "plots/history.csv", "plots/validation.csv", "metrics/train.json")
 
 
 @pytest.fixture(scope="module")
@@ -158,22 +156,10 @@ def test_a_killed_experiment_continues_to_the_same_bytes(
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A clone in which the pipeline has run; its text came from a local server that has stopped."""
-    folder = tmp_path_factory.mktemp("workspace")
-    shutil.copy(corpus, folder / "text.txt")
-    handler = partial(QuietHandler, directory=folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        project = clone(folder / "project", corpus)
-        set_params(project, download={"sources": [f"http://127.0.0.1:{server.server_port}/text.txt"]})
-        dvc(project, "repro")
-        server.shutdown()
-    return project
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
+    """A clone in which the pipeline has run."""
+    folder = clone(tmp_path_factory.mktemp("workspace") / "project", corpus)
+    dvc(folder, "repro")
+    return folder
 
 
 @pytest.fixture
@@ -268,18 +254,15 @@ def test_params_edited_during_training_are_not_recorded_with_its_model(workspace
     assert json.loads((workspace / "metrics" / "train.json").read_text())["best_step"] <= 30
 
 
-def test_exp_run_rewrites_only_the_line_of_the_changed_parameter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", [ROOT / "params.yaml", *(ROOT / "presets").glob("*.yaml")], ids=lambda path: path.name)
+def test_exp_run_rewrites_only_the_line_of_the_changed_parameter(tmp_path: Path, path: Path) -> None:
     """`dvc exp run -S` writes params.yaml anew, so the files have the layout that it writes."""
-    for path in PARAMS_FILES:
-        shutil.copy(path, tmp_path)
-    code = (
-        "import sys; from dvc.utils.hydra import apply_overrides as a; [a(f, ['train.seed=7']) for f in sys.argv[1:]]"
-    )
-    run([sys.executable, "-c", code, *(path.name for path in PARAMS_FILES)], tmp_path)
-    for path in PARAMS_FILES:
-        old, new = path.read_text().splitlines(), (tmp_path / path.name).read_text().splitlines()
-        (changed,) = [line for line, before in zip(new, old, strict=True) if line != before]
-        assert changed.startswith("  seed: 7")
+    copy = tmp_path / path.name
+    shutil.copy(path, copy)
+    apply_overrides(copy, ["train.seed=7"])
+    old, new = path.read_text().splitlines(), copy.read_text().splitlines()
+    (changed,) = [line for line, before in zip(new, old, strict=True) if line != before]
+    assert changed.startswith("  seed: 7")
 
 
 def runs_of(project: Path, max_steps: int) -> list[Run]:
@@ -306,17 +289,13 @@ def resumes_in_log(project: Path) -> int:
 
 def recorded_outputs(project: Path, name: str) -> dict[str, str]:
     """The MD5 that dvc.lock of an experiment records for each output of training."""
-    lock = run(["git", "show", f"{experiment_refs(project)[name]}:dvc.lock"], project).stdout
-    (project.parent / "dvc.lock").write_text(lock)
-    return {
-        output["path"]: output["md5"] for output in read_yaml(project.parent / "dvc.lock")["stages"]["train"]["outs"]
-    }
+    lock = YAML(typ="safe").load(run(["git", "show", f"{experiment_refs(project)[name]}:dvc.lock"], project).stdout)
+    return {output["path"]: output["md5"] for output in lock["stages"]["train"]["outs"]}
 
 
 def train_undisturbed(project: Path, tokens: Path, folder: Path, steps: int) -> dict[str, str]:
     """The MD5 of the same files after an uninterrupted training with one process and without dvc."""
-    options = zip(("--checkpoint", "--history", "--validation", "--metrics"), TRAINED, strict=True)
-    line = [sys.executable, "-m", "gpt", "train", "--params", str(project / "params.yaml"), "--tokens", str(tokens)]
-    line += [word for option in options for word in option]
-    run([*line, "-S", f"train.max_steps={steps}"], folder)
-    return {path: hashlib.md5((folder / path).read_bytes()).hexdigest() for path in TRAINED}
+    shutil.copy(project / "params.yaml", folder)
+    shutil.copytree(tokens, folder / "data" / "tokens")
+    run([sys.executable, "-m", "gpt", *stage_line("train", "-S", f"train.max_steps={steps}")], folder)
+    return {name: hashlib.md5(content).hexdigest() for name, content in contents(folder, TRAINED).items()}

@@ -6,31 +6,24 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from ruamel.yaml import YAML
 
-from tests.support.common import ROOT, environment, run, wait_for, write_params
+from tests.support.common import FAST, ROOT, environment, run, wait_for, write_params
 
 QUEUE_S = 240
-OUTPUTS = [
-    "chargpt_nano.pt",
-    "generation_out.txt",
-    "metrics/train.json",
-    "metrics/evaluate.json",
-    "plots/history.csv",
-    "plots/validation.csv",
-    "plots/positions.csv",
-    "plots/calibration.csv",
-    "data/tokens/train.bin",
-    "dvc.lock",
-]
+CHECKPOINT = "chargpt_nano.pt"
+TRAINED = [CHECKPOINT, "metrics/train.json", "plots/history.csv", "plots/validation.csv"]
+EVALUATED = ["metrics/evaluate.json", "plots/positions.csv", "plots/calibration.csv"]
+OUTPUTS = ["data/tokens/train.bin", *TRAINED, *EVALUATED, "generation_out.txt", "dvc.lock"]
 
 
-def clone(folder: Path, corpus: Path) -> Path:
-    """Clone the working tree, uncommitted changes included; commit tiny params and a local text."""
+def clone(folder: Path, corpus: Path, **changes: Any) -> Path:
+    """Clone the working tree, uncommitted changes included; commit tiny params, with changes, and a local text."""
     run(["git", "clone", "--quiet", ROOT, folder], ROOT)
     changed = ["git", "ls-files", "--modified", "--others", "--exclude-standard", "--deduplicate"]
     for name in run(changed, ROOT).stdout.split():
@@ -39,18 +32,12 @@ def clone(folder: Path, corpus: Path) -> Path:
             shutil.copy(ROOT / name, folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
-    write_params(
-        folder / "params.yaml",
-        download__sources=[str(corpus)],
-        download__sha256=None,
-        train__max_steps=40,
-        generate__max_new_tokens=30,
-        generate__prompts=["the ", ""],
-    )
+    params = {**FAST, "download__sources": [str(corpus)], "download__sha256": None, "train__max_steps": 40}
+    params |= {"generate__max_new_tokens": 30, "generate__prompts": ["the ", ""], "evaluate__sample_characters": 240}
+    write_params(folder / "params.yaml", **{**params, **changes})
     (folder / "dvc.lock").unlink(missing_ok=True)
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
-    run([*git, "add", "--all"], folder)
-    run([*git, "commit", "--quiet", "--message", "tiny params"], folder)
+    run(["git", "add", "--all"], folder)
+    run(["git", "commit", "--quiet", "--message", "tiny params"], folder, env=dvc_environment())
     return folder
 
 

@@ -7,12 +7,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 
 from gpt.__main__ import main
+from tests.support.common import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 set_forkserver_preload(["gpt.commands.train", "torch._dynamo", __name__])  # the first optimizer imports _dynamo
@@ -72,8 +72,7 @@ def start(
 
 def rendezvous() -> dict[str, str]:
     """Variables with an address and a free port for a process group."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def _run(

@@ -14,20 +14,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
 import psutil
 
 from tests.support.common import contents, made_up_text
-from tests.support.project import clone, logged_steps, output_file, repair, runs, set_params, start
+from tests.support.project import CHECKPOINT, TRAINED, clone, logged_steps, output_file, repair, runs, set_params, start
 
-FILES = ["chargpt_nano.pt", "metrics/train.json", "plots/history.csv", "plots/validation.csv"]
-OUTPUTS = [*FILES, "dvc.lock"]
+OUTPUTS = [*TRAINED, "dvc.lock"]
 ORPHANS_GONE_S = 10
-STEPS = 600
+STEPS = 250
 IN_TRAINING, AT_THE_END = 0.5, 0.25  # fractions of the kills
 TRAINING_S, END_S = 5, 3
 FRESH_CLONE = 0.5  # fraction of the rounds that start with the dvc.lock of the finished pipeline
@@ -74,13 +71,8 @@ def prepare(folder: Path) -> tuple[Path, dict[str, bytes], float]:
     """Returns a clone without training, the outputs of a training in a copy of it, and the duration of that."""
     corpus = folder / "text.txt"
     corpus.write_text(made_up_text())
-    tokenized = clone(
-        folder / "tokenized" / "project",
-        corpus,
-        train__max_steps=STEPS,
-        train__eval_interval=40,
-        train__save_interval=10,
-    )
+    often = {"train__eval_interval": 40, "train__save_interval": 10}
+    tokenized = clone(folder / "tokenized" / "project", corpus, train__max_steps=STEPS, **often)
     assert start(tokenized, "repro", "tokenize").wait() == 0
     undisturbed = copy(tokenized, folder / "undisturbed")
     began = time.monotonic()
@@ -133,27 +125,24 @@ def compare(project: Path, expected: dict[str, bytes], repeated: bool) -> list[s
 
 def wait_for_moment(project: Path, running: "Popen[bytes]", rng: random.Random, seconds: float) -> None:
     """Wait for a random moment of training, of the final writes, or of the whole run including start-up."""
-    began, kind = time.time(), rng.random()
+
+    def wait(seconds: float, file: str = "") -> None:
+        """Wait for some seconds, for a file to be written or for the end of the process, whichever comes first."""
+        began = time.time()
+        while time.time() < began + seconds and running.poll() is None:
+            if file and any(path.stat().st_mtime > began for path in project.glob(file)):
+                break
+            time.sleep(0.005)
+
+    kind = rng.random()
     if kind < IN_TRAINING:
-        wait(running, 4 * seconds, partial(written_since, project, ".runs/*/lock.json", began))
-        wait(running, rng.random() * TRAINING_S)
+        wait(4 * seconds, ".runs/*/lock.json")
+        wait(rng.random() * TRAINING_S)
     elif kind < IN_TRAINING + AT_THE_END:
-        wait(running, 4 * seconds, partial(written_since, project, FILES[0], began))
-        wait(running, rng.random() * END_S)
+        wait(4 * seconds, CHECKPOINT)
+        wait(rng.random() * END_S)
     else:
-        wait(running, rng.random() * seconds * EARLY)
-
-
-def wait(running: "Popen[bytes]", seconds: float, until: Callable[[], bool] = lambda: False) -> None:
-    """Wait for some seconds, for a condition or for the end of the process, whichever comes first."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and running.poll() is None and not until():
-        time.sleep(0.005)
-
-
-def written_since(project: Path, pattern: str, moment: float) -> bool:
-    """Whether a file that matches the pattern has been written after a moment."""
-    return any(path.stat().st_mtime > moment for path in project.glob(pattern))
+        wait(rng.random() * seconds * EARLY)
 
 
 def history(project: Path) -> list[str]:
@@ -164,7 +153,7 @@ def history(project: Path) -> list[str]:
 def saved_history(project: Path) -> list[str]:
     """The lines up to the newest resume state, or all of them once training has written its results."""
     states = [int(path.stem.partition("-")[2]) for path in project.glob(".runs/*/resume-*.pt")]
-    newest = STEPS if all((project / name).exists() for name in FILES) else max(states, default=0)
+    newest = STEPS if all((project / name).exists() for name in TRAINED) else max(states, default=0)
     return [line for line in history(project) if line.endswith("}") and json.loads(line)["step"] <= newest]
 
 

@@ -140,11 +140,7 @@ def test_dvc_killed_after_training_does_not_train_again(corpus: Path, tmp_path: 
     assert "step 40/40" in dvc(project, "repro", "--force", "--single-item", "train").stdout
 
 
-VARIANTS = {
-    "relative": "model.position=relative",
-    "average": "model.kind=average",
-    "subword": "tokenize.kind=bpe",
-}
+VARIANTS = {"relative": "model.position=relative", "average": "model.kind=average", "subword": "tokenize.kind=bpe"}
 
 
 @pytest.mark.proof

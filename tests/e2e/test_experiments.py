@@ -75,7 +75,7 @@ def test_queued_experiments_have_one_complete_run_each_in_one_intact_store(
         assert json.loads(found.data.params["train.learning_rate"]) == grid[name]
         assert logged_steps(project, run_id) == [10, 20, 30, 40]
         assert found.info.artifact_uri.startswith((project / "mlruns").as_uri())
-        assert {"chargpt_nano.pt", "evaluate.json", "generation_out.txt"} <= set(artifacts(project, run_id))
+        assert {"chargpt_nano.pt", "evaluate.json", "generation_out.txt"} <= artifacts(project, run_id)
     assert list(project.rglob("mlflow.db")) == [project / "mlflow.db"]
     with closing(sqlite3.connect(project / "mlflow.db")) as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

@@ -109,12 +109,9 @@ def logged_steps(project: Path, run_id: str) -> list[int]:
     return [point.step for point in store(project).get_metric_history(run_id, "train_loss")]
 
 
-def artifacts(project: Path, run_id: str, folder: str | None = None) -> list[str]:
-    """The paths of all artifacts of a run."""
-    found: list[str] = []
-    for item in store(project).list_artifacts(run_id, folder):
-        found += artifacts(project, run_id, item.path) if item.is_dir else [item.path]
-    return found
+def artifacts(project: Path, run_id: str) -> set[str]:
+    """The names of all artifacts of a run."""
+    return {path.name for path in project.glob(f"mlruns/{run_id}/artifacts/**/*") if path.is_file()}
 
 
 def set_params(project: Path, **sections: dict[str, object]) -> None:

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import pandas as pd
 from matplotlib.figure import Figure
 
 from gpt.data.token_files import load_tokens
+from gpt.evaluation.curves import line_figure
 from gpt.evaluation.evaluator import inspect_checkpoint
 from gpt.evaluation.plots import png, render_plots
 from gpt.model.checkpoint import load_checkpoint
-from stages.run_plots import loss, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "To be, o"  # the input of `gpt explain` in docs/model.md
@@ -27,7 +27,9 @@ LABELS = {"reference": "nanoGPT's recipe", "quick": "presets/quick.yaml", "defau
 def main() -> None:
     """Write all plots."""
     plots, docs = ROOT / "plots", ROOT / "docs"
-    (docs / "loss.png").write_bytes(loss(read_table(plots / "history.csv"), read_table(plots / "validation.csv")))
+    (docs / "loss.png").write_bytes(
+        plot_loss(pd.read_csv(plots / "history.csv"), pd.read_csv(plots / "validation.csv"))
+    )
     write_model_plots(docs, ROOT / "chargpt_nano.pt")
     races = ROOT / "benchmarks" / "races.json"
     if races.exists():
@@ -48,11 +50,21 @@ def write_model_plots(docs: Path, checkpoint: Path) -> None:
     page.write_text(before + begin + printed + end + after, encoding="utf-8")
 
 
+def plot_loss(training: pd.DataFrame, validation: pd.DataFrame) -> bytes:
+    """Training and validation loss by step; the last validation loss is annotated."""
+    figure, axes = line_figure("step", "loss (nats per token)")
+    axes.plot(training["step"], training["train_loss"], color="#9db4c8", linewidth=1, label="training")
+    axes.plot(validation["step"], validation["val_loss"], color="#c0392b", marker="o", markersize=4, label="validation")
+    step, loss = validation.iloc[-1][["step", "val_loss"]]
+    axes.annotate(f"{loss:.3f}", (step, loss), xytext=(6, 4), textcoords="offset points")
+    axes.set_xlim(0, step * 1.07)
+    axes.legend(frameon=False)
+    return png(figure)
+
+
 def plot_races(races: list[dict[str, Any]]) -> Figure:
     """Validation loss by seconds of training, one line for each run."""
-    figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = line_figure("seconds of training on two cores", "validation loss (nats per character)")
     labelled = set[str]()
     for race in races:
         name = race["name"]
@@ -65,9 +77,7 @@ def plot_races(races: list[dict[str, Any]]) -> Figure:
     axes.annotate(
         "1.898, nanoGPT's code", (0, 1.898), xytext=(2, 3), textcoords="offset points", color="#666666", fontsize=8
     )
-    axes.set(xlabel="seconds of training on two cores", ylabel="validation loss (nats per character)")
     axes.set_xlim(left=0)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
 

@@ -12,17 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from gpt.core.errors import StoppedError, UserError
 from stages import torchrun
-from stages.command_line import CommandLine
 
 POLL_S = 0.5  # between two calls of `on_poll`
 JOIN_S = 2
 STOPPED_AFTER_SAVING = StoppedError.exit_code
 ERROR_LINE = re.compile(r"gpt( [a-z-]+)?: ")  # the beginning of a one-line error of the commands
-STOPPED_LINE = re.compile(r"gpt train: stopped after step ")  # that of StoppedError
+STOPPED_LINE = "gpt train: stopped after step "  # that of StoppedError
 KEPT_LINES, KEPT_LINE_BYTES = 2000, 1 << 16
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
@@ -36,18 +34,20 @@ def status_of(code: int) -> str:
 
 
 def run(
-    command: CommandLine,
+    words: Sequence[str],
+    logs: Sequence[Path],
     *,
     stage: str,
-    about: str,
+    mark: str,
     environment: Mapping[str, str] = {},
     on_poll: Callable[[], None] = lambda: None,
 ) -> int:
     """Run a command to its end and report its failure on stderr and in its log files.
 
     Args:
-        command: with the option `--log-file`.
-        about: the run's key or the checkpoint's SHA-256, for the log.
+        words: the command.
+        logs: the command's log files.
+        mark: the name of this run in the log.
         on_poll: called repeatedly while the command runs; must not raise.
 
     Returns:
@@ -59,9 +59,9 @@ def run(
     """
     started = time.monotonic()
     with _signals() as (received, forward_to):
-        child = _start(command.words, environment)
+        child = _start(words, environment)
         forward_to.append(child)
-        stderr = _StderrReader(child.stderr)
+        stderr = _StderrReader(child)
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = child.wait(POLL_S)  # before the first poll: a command that fails at once need not wait
@@ -69,21 +69,20 @@ def run(
             on_poll()
         seconds = time.monotonic() - started
         stderr.join(JOIN_S)  # a grandchild that is still alive would keep the pipe open
-    by_torchrun = torchrun.is_torchrun(command.words)
+    by_torchrun = torchrun.is_torchrun(words)
     worker = torchrun.first_failure(stderr.text) if by_torchrun else None
-    code = _exit_code(code, worker, received if by_torchrun else [], saved=stderr.has(STOPPED_LINE))
+    code = _exit_code(code, worker, received if by_torchrun else [], saved=stderr.has_stopped)
     if code:
-        name, logs = Path(command.words[0]).name, command.all_paths("--log-file")
-        _log_failure(logs, f"{stage}[{about[:8]}]", f"{name} ended with exit code {code}", stderr.text)
+        message = f"{Path(words[0]).name} ended with exit code {code}"
+        _log_failure(logs, mark, message, stderr.text)
         if received:
             print(f"stages.{stage}: stopped by {signal.Signals(received[-1]).name}", file=sys.stderr)
         elif worker and (worker.code < 0 or not stderr.errors):  # a killed worker leaves no message of its own
             crash = torchrun.without_summary(stderr.text) if worker.code > 0 else ""
-            when = f"after {seconds:.0f} s; run again to continue; details in {_shown(logs[0])}"
+            when = f"after {seconds:.0f} s; run again to continue; details in {os.path.relpath(logs[0])}"
             print(f"{crash}stages.{stage}: {worker} {when}", file=sys.stderr)
         elif not stderr.errors:
-            text = stderr.text or f"stages.{stage}: {command.words[0]} ended with exit code {code}\n"
-            print(text, end="", file=sys.stderr)
+            print(stderr.text or f"stages.{stage}: {message}\n", end="", file=sys.stderr)
     return code
 
 
@@ -111,10 +110,6 @@ def _log_failure(files: Sequence[Path], mark: str, message: str, stderr: str) ->
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(entry)
-
-
-def _shown(log: Path) -> str:
-    return log.name if log.parent == Path.cwd() else str(log)
 
 
 def _start(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -151,7 +146,7 @@ def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
     """Survive SIGINT, which a terminal sends to the child as well, and forward SIGTERM to the child.
 
     Afterwards SIGINT interrupts again. SIGTERM does not, so that the results are published; but if it came because dvc
-    was killed, this process exits: the next wrapper publishes the rest.
+    was killed, this process exits, and `stages.sync` publishes the rest.
     """
     received: list[int] = []
     forward_to: list[subprocess.Popen[bytes]] = []
@@ -176,10 +171,10 @@ def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
 class _StderrReader(threading.Thread):
     """Reads a child's stderr: prints the commands' one-line errors at once, keeps the rest."""
 
-    def __init__(self, pipe: IO[bytes] | None) -> None:
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
         super().__init__(daemon=True)
-        assert pipe
-        self._pipe = pipe
+        assert child.stderr
+        self._pipe = child.stderr
         self._kept: deque[str] = deque(maxlen=KEPT_LINES)
         self.errors: set[str] = set()  # one-line errors, printed
         self.start()
@@ -189,9 +184,10 @@ class _StderrReader(threading.Thread):
         """The last lines without the one-line errors."""
         return "".join(self._kept)
 
-    def has(self, pattern: re.Pattern[str]) -> bool:
-        """Whether one of the one-line errors begins with this pattern."""
-        return any(pattern.match(line) for line in self.errors)
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a training reported that it saved its state and stopped."""
+        return any(line.startswith(STOPPED_LINE) for line in self.errors)
 
     def run(self) -> None:
         """Read to the end; print an error that several ranks report once."""

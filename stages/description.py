@@ -12,24 +12,18 @@ from stages.run_record import Record, artifacts, read
 
 LONGEST_SAMPLE, LONGEST_NAME = 1500, 500  # characters; the whole text has to fit into one MLflow tag, 8,000
 WIDTH = 90  # of lines in code blocks; wider ones push the neighbouring column off the screen
-LABELS = {
-    "eval_bits_per_char": "bits per character (whole validation split)",
-    "eval_calibration_error": "expected calibration error",
-    "eval_longest_copy": "longest generated stretch found in the training text (characters)",
-    "eval_copied": "fraction of generated windows of 30 characters found in the training text",
-}
 
 
 def description(run: Path, run_id: str) -> str:
     """The markdown text for the records in a run folder; equal records give equal text."""
-    train = read(run, "train")
+    train, evaluate = read(run, "train"), read(run, "evaluate")
     assert train
-    table = "".join(
-        f"| {label} | {value:{',.0f' if value.is_integer() else ',.4f'}} |\n" for label, value in _metrics(run, train)
+    metrics = (
+        (evaluate.metrics if evaluate else {}) | train.metrics | {"training_s": float(round(train.ended - train.began))}
     )
-    return "\n\n".join(
-        [_origin(train), f"| metric | value |\n|---|---|\n{table}", *_sample(run), *_restore(run, train, run_id)]
-    )
+    table = [f"| {name} | {value:,.{0 if value.is_integer() else 4}f} |" for name, value in metrics.items()]
+    parts = [_origin(train), "\n".join(["| metric | value |", "|---|---|", *table]), *_sample(run)]
+    return "\n\n".join([*parts, *_restore(run, train, run_id)])
 
 
 def _origin(train: Record) -> str:
@@ -43,18 +37,6 @@ def _origin(train: Record) -> str:
     return text
 
 
-def _metrics(run: Path, train: Record) -> Iterator[tuple[str, float]]:
-    evaluate = read(run, "evaluate")
-    found = evaluate.metrics if evaluate else {}
-    for name in sorted(found, key=lambda name: [*LABELS, name].index(name)):
-        yield LABELS.get(name, name.removeprefix("eval_").replace("_", " ")), found[name]
-    for name, value in train.metrics.items():
-        yield name.replace("_", " "), value
-    if "parameters" in train.tags:
-        yield "parameters", float(train.tags["parameters"])
-    yield "duration of the last training command (s)", float(round(train.ended - train.began))
-
-
 def _sample(run: Path) -> Iterator[str]:
     """The beginning of the generated text, indented as a code block."""
     for path in (path for name, path in artifacts(run, "generate") if "/" not in name):
@@ -66,36 +48,25 @@ def _sample(run: Path) -> Iterator[str]:
 
 
 def _restore(run: Path, train: Record, run_id: str) -> Iterator[str]:
-    """Up to three code blocks of shell commands."""
-    commit, experiment = train.tags.get("git.commit"), train.tags.get("dvc.exp_name")
-    checkout = f"git checkout {commit}\n" if commit else ""
+    """Shell commands that restore all results, or the checkpoint alone."""
+    commit, generate = train.tags.get("git.commit"), read(run, "generate")
     download = f"mlflow artifacts download --run-id {run_id} \\\n  --artifact-path"
     repro = " \\\n  ".join(["dvc exp run", *(f"-S {shlex.quote(change)}" for change in train.changes)])
-    commands = f"{checkout}{download} params.yaml --dst-path .\n{repro if train.changes else 'dvc repro'}"
+    commands = f"git checkout {commit}\n" if commit else ""
+    commands += f"{download} params.yaml --dst-path .\n{repro if train.changes else 'dvc repro'}"
     if train.checkpoint:
         line = shlex.quote(f"{train.checkpoint}  {train.checkpoint_file}")
         commands += f"\necho {line} \\\n  | sha256sum --check"
     yield "## Restore"
     yield "All results, from DVC's cache or trained again to the same bytes. This replaces `params.yaml`:"
     yield f"```\n{commands}\n```"
-    if experiment and commit:
-        yield "The same in the workspace of the experiment, including its code changes:"
-        yield f"```\n{checkout}dvc exp apply {shlex.quote(experiment)}\n```"
     if train.checkpoint:
         name = Path(train.checkpoint_file).name
-        generate = (
-            f"python -m gpt generate --checkpoint {shlex.quote(f'restored/{name}')} \\\n  --prompt {_prompt(run)}"
-        )
+        prompts = json.loads(generate.tags.get("generate.prompts", "[]")) if generate else []
+        prompt = shlex.quote(next((text for text in prompts if len(text) <= LONGEST_NAME), ""))
+        command = f"python -m gpt generate --checkpoint {shlex.quote(f'restored/{name}')} \\\n  --prompt {prompt}"
         yield "Only the checkpoint, for generation:"
-        yield f"```\n{download} {shlex.quote(name)} --dst-path restored\n{generate}\n```"
-
-
-def _prompt(run: Path) -> str:
-    """The first prompt of the stage generate, whose characters the model knows; else the empty prompt."""
-    generate = read(run, "generate")
-    prompts = json.loads(generate.tags.get("generate.prompts", "[]")) if generate else []
-    prompt = str(prompts[0]) if prompts else ""
-    return shlex.quote(prompt if len(prompt) <= LONGEST_NAME else "")
+        yield f"```\n{download} {shlex.quote(name)} --dst-path restored\n{command}\n```"
 
 
 def _escaped(text: str) -> str:

@@ -1,6 +1,6 @@
 """`python -m stages.generate COMMAND…`: run the generation and publish its text on the run of the checkpoint."""
 
-from stages.entry import enter
+from stages.command_line import enter
 from stages.stage import CheckpointStage
 
 

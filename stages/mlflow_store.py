@@ -136,19 +136,19 @@ class TrackedRun:
     def publish(self, folder: Path, record: Record) -> None:
         """Log what the run lacks of a stage's record and artifacts.
 
-        A tag holds the digest of the artifacts uploaded last, since a listing has only names and sizes.
+        A tag holds the digest of the artifacts uploaded last, since a listing has only names.
         """
         self._log_record(record)
-        content, tag, present = digest(folder, record.stage), f"published.{record.stage}", self._artifacts
+        content, tag = digest(folder, record.stage), f"published.{record.stage}"
         same = self._run().data.tags.get(tag) == content
         for name, path in artifacts(folder, record.stage):
-            if not same or name not in present or present[name] not in (None, path.stat().st_size):
+            if not same or name not in self._artifacts:
                 self._upload(path, name)
         if not same:
             self._log(tags=[RunTag(tag, content)])
         name = Path(record.checkpoint_file).name
-        if record.checkpoint and name not in present and (checkpoint := _checkpoint(record, self._store.root)):
-            self._upload(checkpoint, name)
+        if record.checkpoint and name not in self._artifacts and (file := _checkpoint(record, self._store.root)):
+            self._upload(file, name)
 
     def describe(self, folder: Path) -> None:
         """Set the run's description, unless a user has edited it.
@@ -197,14 +197,14 @@ class TrackedRun:
         return self._steps[metric]
 
     @cached_property
-    def _artifacts(self) -> dict[str, int | None]:
-        """The run's artifacts with their sizes; a server reports no size for an empty file."""
-        found: dict[str, int | None] = {}
+    def _artifacts(self) -> set[str]:
+        """The paths of the run's artifacts."""
+        found: set[str] = set()
         folders: list[str | None] = [None]
         while folders:
             items = self._client.list_artifacts(self.id, folders.pop())
             folders += [item.path for item in items if item.is_dir]
-            found |= {item.path: item.file_size for item in items if not item.is_dir}
+            found |= {item.path for item in items if not item.is_dir}
         return found
 
     def _log_record(self, record: Record) -> None:
@@ -234,7 +234,7 @@ class TrackedRun:
             if file.name != Path(name).name:
                 file = Path(shutil.copyfile(file, Path(temporary) / Path(name).name))
             self._client.log_artifact(self.id, str(file), folder)
-            self._artifacts[name] = file.stat().st_size
+        self._artifacts.add(name)
         self.changed = True
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +49,7 @@ class Publisher:
         self._warned = False
         self._retry_at = 0.0
 
-    def attempt(self, action: Callable[["Store"], object] = lambda _store: None, *, last: bool = False) -> None:
+    def attempt(self, action: Callable[["Store"], object], *, last: bool = False) -> None:
         """Connect if necessary, then perform the action; errors become the warning.
 
         Args:
@@ -60,10 +60,7 @@ class Publisher:
             return
         with self.tolerating_errors(without_credentials(tracking_uri(self._root))):
             self._retry_at = time.monotonic() + RETRY_S
-            if not self._store:
-                self._store = connect(self._root)
-                for run in run_record.unpublished(self._root):
-                    publish_if_unlocked(self._store, run)
+            self._store = self._store or connect(self._root)
             action(self._store)
             self._retry_at = 0.0
 
@@ -79,6 +76,28 @@ class Publisher:
                 print(f"stages.{self._stage}: {text}", file=sys.stderr, flush=True)
 
 
+def publish_run(store: "Store", folder: Path, stages: Sequence[str] = run_record.STAGES) -> bool:
+    """Make the MLflow run of a run folder equal to the folder; returns whether MLflow changed.
+
+    Args:
+        stages: those whose results are new, if the run has all others.
+
+    """
+    train = run_record.read(folder, "train")
+    if not train:
+        return False
+    run = store.find_or_create("run.key", folder.name, train)
+    if "train" in stages:
+        run.log_history(HistoryReader(folder / "history.jsonl").new_points())
+    for stage in stages:
+        if record := run_record.read(folder, stage):
+            run.publish(folder, record)
+    run.describe(folder)
+    if "train" in stages:
+        run.finish(train)
+    return run.changed
+
+
 def brief(error: BaseException) -> str:
     """A library's error on one short line."""
     text = f"{type(error).__name__}: {error}".replace("\n", " ")
@@ -88,29 +107,3 @@ def brief(error: BaseException) -> str:
 def without_credentials(text: str) -> str:
     """The text with user names and passwords removed from addresses."""
     return re.sub(r"//[^/\s@]+@", "//", text)
-
-
-def publish_if_unlocked(store: "Store", run: Path) -> bool:
-    """Publish a run, as killed if its wrapper died, unless a live wrapper does; returns whether MLflow changed."""
-    changed = False
-    if lock := run_record.try_lock(run):
-        with lock:
-            run_record.mark_killed(run)
-            changed = publish_run(store, run)
-            run_record.mark_published(run)
-    return changed
-
-
-def publish_run(store: "Store", folder: Path) -> bool:
-    """Make the MLflow run of a run folder equal to the folder; returns whether MLflow changed."""
-    train = run_record.read(folder, "train")
-    if not train:
-        return False
-    run = store.find_or_create("run.key", folder.name, train)
-    run.log_history(HistoryReader(folder / "history.jsonl").new_points())
-    for stage in run_record.STAGES:
-        if record := run_record.read(folder, stage):
-            run.publish(folder, record)
-    run.describe(folder)
-    run.finish(train)
-    return run.changed

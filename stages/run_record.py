@@ -5,8 +5,7 @@
 .runs/<key>/logs/<stage>.log   of the commands: the log of this run
 .runs/<key>/row/train.json     a Record; also evaluate.json, generate.json and lock.json (of `stages.sync`)
 .runs/<key>/row/train/…        the small artifacts of that stage, under their MLflow names
-.runs/<key>/row/unpublished    present until MLflow has all of the training
-.runs/<key>/row.lock           held by the wrapper that writes train.json, for the same time: see `try_lock`
+.runs/<key>/row.lock           see `lock`
 """
 
 import hashlib
@@ -16,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,32 +53,21 @@ class Record(BaseModel):
 
 
 class HistoryReader:
-    """Reads `history.jsonl` while the training appends to it; copes with a partial last line and a truncated file."""
+    """Reads `history.jsonl` while the training appends to it; a partial last line is read when it is complete."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._last_line = b""
+        self._path, self._offset = path, 0
 
     def new_points(self) -> list[Point]:
-        """The points of the lines completed since the last call.
-
-        If the line read last is no longer at its offset, the file was truncated or replaced, and all of it is read
-        again: the caller skips steps that it has.
-        """
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset - len(self._last_line))
-                if file.read(len(self._last_line)) != self._last_line:
-                    self._offset, self._last_line = 0, b""
-                file.seek(self._offset)
-                new = file.read()
-        except FileNotFoundError:
+        """The points of the lines completed since the last call."""
+        if not self._path.exists():
             return []
-        lines = new[: new.rfind(b"\n") + 1].splitlines(keepends=True)
-        self._offset += sum(map(len, lines))
-        self._last_line = lines[-1] if lines else self._last_line
-        return [point for line in lines if (point := _parse(line))]
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            new = file.read()
+        complete = new[: new.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [point for line in complete.splitlines() if (point := _parse(line))]
 
 
 def _parse(line: bytes) -> Point | None:
@@ -124,41 +112,34 @@ def drop_states(root: Path) -> None:
     Later too: after that, `dvc repro -f` is meant to train again. Equal bytes have equal hashes, so the dvc.lock of a
     fresh clone names the checkpoint before anything has run: dvc.lock must be newer than the training.
     """
-    lock = Path("dvc.lock")
-    text, written = (lock.read_text(encoding="utf-8"), lock.stat().st_mtime) if lock.exists() else ("", 0)
+    file = Path("dvc.lock")
+    text, written = (file.read_text(encoding="utf-8"), file.stat().st_mtime) if file.exists() else ("", 0)
     for run in runs(root):
         states, train = list(run.glob(STATES)), read(run, "train")
-        if states and train and train.ended < written and is_named(train, text) and not is_training(run):
-            for state in states:
-                state.unlink(missing_ok=True)
+        if states and train and train.ended < written and is_named(train, text):
+            with lock(run, wait=False) as locked:
+                for state in states if locked else ():
+                    state.unlink()
 
 
 def prune(root: Path, *, current: Path, keep: int = RUNS_KEPT) -> None:
     """Delete the oldest run folders, except the current one and those in use."""
     for run in runs(root)[keep:]:
-        if run != current and not is_training(run) and (lock := try_lock(run)):
-            with lock:
-                shutil.rmtree(run, ignore_errors=True)
+        if run != current:
+            with lock(run, wait=False) as locked:
+                if locked:
+                    shutil.rmtree(run, ignore_errors=True)
 
 
-def is_training(run: Path) -> bool:
-    """Whether some process trains in this run folder now."""
-    try:
-        with FileLock(run / "lock").acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def save(run: Path, record: Record, artifacts: Mapping[str, Path | str | bytes]) -> None:
-    """Write a stage's record, and its artifacts, each copied from a file or given as content."""
+def save(run: Path, record: Record, artifacts: Mapping[str, Path | str]) -> None:
+    """Write a stage's record, and its artifacts, each copied from a file or given as text."""
     folder = run / "row" / record.stage
     shutil.rmtree(folder, ignore_errors=True)
     for name, content in artifacts.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str | bytes):
-            target.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):
+            target.write_text(content, encoding="utf-8")
         elif content.is_file():
             shutil.copyfile(content, target)
     write_json(run / "row" / f"{record.stage}.json", record.model_dump())
@@ -172,37 +153,32 @@ def read(run: Path, stage: str) -> Record | None:
         return None
 
 
-def try_lock(run: Path, *, wait_s: float = 0) -> AbstractContextManager[object] | None:
-    """The lock for writing train.json and publishing it; None while another process holds it.
+@contextmanager
+def lock(run: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock for writing train.json and publishing it; yields whether it is held, with `wait` always True.
 
-    A wrapper acquires it before its record says RUNNING and holds it until MLflow has all of the training. So for the
-    holder of the lock, a record that says RUNNING is that of a dead wrapper. The lock of the training itself cannot
-    serve for this: it is free while the wrapper publishes, and testing it could delay a training.
+    A training's wrapper holds it until MLflow has all of the training. So for another holder, a record that says
+    RUNNING is that of a killed wrapper. The lock of the training command cannot serve for this: it is free while the
+    wrapper publishes, and testing it could delay a training.
     """
+    run.mkdir(parents=True, exist_ok=True)
+    file = FileLock(run / "row.lock")
     try:
-        return FileLock(run / "row.lock").acquire(timeout=wait_s)
+        file.acquire(timeout=0)
     except Timeout:
-        return None
-
-
-def mark_unpublished(run: Path) -> None:
-    """Note that MLflow does not have all of this run; requires the lock."""
-    (run / "row").mkdir(parents=True, exist_ok=True)
-    (run / "row" / "unpublished").touch()
-
-
-def mark_published(run: Path) -> None:
-    """Note that MLflow has all of this run; requires the lock."""
-    (run / "row" / "unpublished").unlink(missing_ok=True)
-
-
-def unpublished(root: Path) -> list[Path]:
-    """The folders of runs that MLflow does not have completely: running ones, and those of killed wrappers."""
-    return [run for run in runs(root) if (run / "row" / "unpublished").exists()]
+        if not wait:
+            yield False
+            return
+        print(f"waiting for another process that trains or publishes the run {run.name[:8]}", flush=True)
+        file.acquire()
+    try:
+        yield True
+    finally:
+        file.release()
 
 
 def mark_killed(run: Path) -> None:
-    """Set the status KILLED for a training whose wrapper was killed: its record says RUNNING. Requires the lock."""
+    """Set the status KILLED if the record says RUNNING, since its wrapper was killed; requires the lock."""
     train = read(run, "train")
     if train and train.status == "RUNNING":
         history = run / "history.jsonl"

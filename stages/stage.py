@@ -3,13 +3,11 @@
 import getpass
 import os
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache
-from importlib import import_module
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ from gpt.core.files import sha256_file
 from gpt.core.params import read_params
 from stages import child, run_record
 from stages.command_line import CommandLine
-from stages.publish import Publisher, brief, publish_run, without_credentials
+from stages.publish import Publisher, publish_run, without_credentials
 from stages.run_record import Record
 
 if TYPE_CHECKING:
@@ -30,8 +28,6 @@ class Stage:
     name: str
     sections: tuple[str, ...]  # of the params file, that are published
     outputs: tuple[str, ...]  # options of the command whose files become artifacts
-    optional_outputs: tuple[str, ...] = ()
-    has_plots = False
 
     def __init__(self, command: CommandLine, folder: Path, about: str) -> None:
         """Read what the user may edit while the command runs.
@@ -51,17 +47,16 @@ class Stage:
 
     def run(self, environment: Mapping[str, str] = {}) -> int:
         """Run the command and publish its results; returns its exit code."""
-        code = child.run(self.command, stage=self.name, about=self.about, environment=environment, on_poll=self.on_poll)
+        words, logs = self.command.words, self.command.all_paths("--log-file")
+        mark = f"{self.name}[{self.about[:8]}]"
+        code = child.run(words, logs, stage=self.name, mark=mark, environment=environment, on_poll=self.on_poll)
         with self.publisher.tolerating_errors("its results"):
             self.end(code)
         return code
 
     def on_poll(self) -> None:
-        """Prepare the publication while the command runs."""
+        """Called repeatedly while the command runs: connect to the store, publish what has been written so far."""
         self.publisher.attempt(self.publish_live)
-        if self.has_plots:
-            with suppress(Exception):  # `rendered` will report it
-                import_module("stages.run_plots")  # imports matplotlib, which takes half a second
 
     def publish_live(self, store: "Store") -> None:
         """Publish what the command has written so far."""
@@ -70,22 +65,16 @@ class Stage:
         """Save and publish the results after the command has ended."""
         raise NotImplementedError
 
-    def plots(self) -> Iterable[tuple[str, bytes]]:
-        """Names and PNGs; a generator, so that its errors are tolerated."""
-        return ()
-
     def record(self, **results: Any) -> Record:
         """The record of this stage with these results."""
         name = provenance()[0] or self.about[:7]
         return Record(stage=self.name, name=name, began=self.began, ended=time.time(), **results)
 
-    def save(self, record: Record, artifacts: Mapping[str, Path | str | bytes], *, with_outputs: bool) -> None:
-        """Save a record in the run folder with these artifacts, the log, the plots and the command's output files."""
-        options = self.outputs + self.optional_outputs if with_outputs else ()
-        paths = [self.command.optional_path(option) for option in options]
-        outputs = {path.name: path for path in paths if path}
-        plots = rendered(self.name, self.plots())
-        run_record.save(self.folder, record, {**artifacts, **outputs, f"logs/{self.log.name}": self.log, **plots})
+    def save(self, record: Record, artifacts: Mapping[str, Path | str], *, with_outputs: bool) -> None:
+        """Save a record in the run folder with these artifacts, the log and the command's output files."""
+        paths = [self.command.path(option) for option in self.outputs] if with_outputs else []
+        outputs = {path.name: path for path in paths}
+        run_record.save(self.folder, record, {**artifacts, **outputs, f"logs/{self.log.name}": self.log})
 
 
 class CheckpointStage(Stage):
@@ -111,27 +100,29 @@ class CheckpointStage(Stage):
         """The metrics that the command wrote."""
         return {}
 
+    def artifacts(self) -> dict[str, Path | str]:
+        """Artifacts beside the output files."""
+        return {}
+
     def end(self, code: int) -> None:
         """Publish the results of a command that succeeded."""
         if not code:
             tags = {**self.params, "checkpoint.sha256": self.about}
             record = self.record(tags=tags, metrics=self.metrics())
-            self.save(record, {}, with_outputs=True)
-            self.publisher.attempt(lambda store: self._publish(store, record), last=True)
+            self.save(record, self.artifacts(), with_outputs=True)
+            self.publisher.attempt(partial(self._publish, record), last=True)
 
-    def _publish(self, store: "Store", record: Record) -> None:
+    def _publish(self, record: Record, store: "Store") -> None:
         """Publish on the run of this run folder or, for a checkpoint without one, on the run with its SHA-256."""
-        if not self._known:
-            run = store.find("checkpoint.sha256", self.about)
-            if not run:
-                run = store.find_or_create("checkpoint.sha256", self.about, record)
-                run.finish(record)
-            run.publish(self.folder, record)
-        elif run := store.find("run.key", self.folder.name):
-            run.publish(self.folder, record)
-            run.describe(self.folder)
-        else:
-            publish_run(store, self.folder)
+        if self._known:
+            published = store.find("run.key", self.folder.name)
+            publish_run(store, self.folder, [self.name] if published else run_record.STAGES)
+            return
+        run = store.find("checkpoint.sha256", self.about)
+        if not run:
+            run = store.find_or_create("checkpoint.sha256", self.about, record)
+            run.finish(record)
+        run.publish(self.folder, record)
 
 
 @cache  # at the start of the stage: the user may commit while it runs
@@ -164,14 +155,3 @@ def logged_params(command: CommandLine, *sections: str) -> dict[str, str]:
         shown = [without_credentials(str(source)).partition("?") for source in sources]
         params["download"]["sources"] = [address + ("?…" if query else "") for address, _, query in shown]
     return run_record.flatten(params, sections)
-
-
-def rendered(stage: str, plots: Iterable[tuple[str, bytes]]) -> dict[str, bytes]:
-    """Plots by their artifact paths; an error costs a warning and the remaining plots."""
-    found: dict[str, bytes] = {}
-    try:
-        for name, content in plots:
-            found[f"pictures/{name}"] = content
-    except Exception as error:  # of matplotlib, or of an invalid table
-        print(f"stages.{stage}: some plots are missing: {brief(error)}", file=sys.stderr)
-    return found

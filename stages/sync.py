@@ -8,11 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages import run_record
-from stages.entry import enter
-from stages.publish import brief, connect, publish_if_unlocked, tracking_uri, without_credentials
+from stages.command_line import enter
+from stages.publish import brief, connect, publish_run, tracking_uri, without_credentials
 from stages.run_record import Record
+
+if TYPE_CHECKING:
+    from stages.mlflow_store import Store
 
 
 def main(_arguments: Sequence[str]) -> int:
@@ -34,14 +38,22 @@ def main(_arguments: Sequence[str]) -> int:
     return 0
 
 
+def publish_if_unlocked(store: "Store", run: Path) -> bool:
+    """Publish a run, as killed if its wrapper died, unless a live wrapper does; returns whether MLflow changed."""
+    with run_record.lock(run, wait=False) as locked:
+        if locked:
+            run_record.mark_killed(run)
+        return locked and publish_run(store, run)
+
+
 def save_lock_file(lock: Path, runs: list[Path]) -> None:
     """Save dvc.lock in the folder of the newest run whose checkpoint it names."""
     text = lock.read_text(encoding="utf-8") if lock.exists() else ""
     for run in reversed(runs):
         train = run_record.read(run, "train")
         if train and run_record.is_named(train, text):
-            saved = run / "row" / "lock" / lock.name
-            if not saved.exists() or saved.read_text(encoding="utf-8") != text:
+            saved = dict(run_record.artifacts(run, "lock")).get(lock.name)
+            if not saved or saved.read_text(encoding="utf-8") != text:
                 now = time.time()
                 run_record.save(run, Record(stage="lock", began=now, ended=now), {lock.name: text})
             return

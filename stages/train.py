@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,7 @@ from gpt.core.params import check_section, read_params
 from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpus
 from gpt.training.fingerprint import run_key
 from stages import child, run_record, torchrun
-from stages.command_line import CommandLine
-from stages.entry import enter
+from stages.command_line import CommandLine, enter
 from stages.publish import publish_run
 from stages.run_record import HistoryReader, Record
 from stages.stage import Stage, provenance
@@ -23,7 +22,6 @@ from stages.stage import Stage, provenance
 if TYPE_CHECKING:
     from stages.mlflow_store import Store, TrackedRun
 
-LOCK_S = 5  # a run of the same key that has just ended needs about as long to publish
 METRICS = {"val_loss": "best_val_loss", "best_step": "best_step"}  # of metrics/train.json, without a series by step
 
 
@@ -43,15 +41,20 @@ def main(words: Sequence[str]) -> int:
     command = command.with_default("--timeout", launch.timeout)
     if message := torchrun.command_for_other_nodes(command.words, environment):
         print(message, flush=True)
-    return Train(command.with_default("--run-dir", root / ".runs" / key)).run(environment)
+    train = Train(command.with_default("--run-dir", root / ".runs" / key))
+    with run_record.lock(train.folder):
+        return train.run(environment)
 
 
 class Train(Stage):
-    """The stage train: publishes live, in a run that is created once the training has started."""
+    """The stage train: publishes live, in a run that is created once the training has started.
+
+    A training has started when it writes its history. A command that refuses its input does not: it leaves the MLflow
+    run of an earlier training unchanged.
+    """
 
     name, sections = "train", ("download", "tokenize", "model", "train")  # those that determine a trained model
     outputs = ("--metrics", "--history", "--validation")
-    has_plots = True
 
     def __init__(self, command: CommandLine) -> None:
         """Remember the state before the training."""
@@ -60,27 +63,21 @@ class Train(Stage):
         self._params_text = command.path("--params").read_text(encoding="utf-8")
         self._history = folder / "history.jsonl"
         self._stamp = _stamp(self._history)
-        self._lock: AbstractContextManager[object] | None = None  # held from the start of the training to our exit
+        self._running = False  # whether the record says so
         self._live: tuple[TrackedRun, HistoryReader] | None = None
         self._stop_monitor: Callable[[], None] | None = None
 
     def on_poll(self) -> None:
-        """Log what is new in the history; the MLflow run is created when the history changes for the first time.
-
-        A command that refuses its input writes no history: it leaves the MLflow run of an earlier training unchanged.
-        """
-        if not self._lock and _stamp(self._history) != self._stamp:
+        """Log what is new in the history, and first record that the training has started."""
+        if not self._running and self._has_started():
             with self.publisher.tolerating_errors(str(self.folder)):
-                self._lock = run_record.try_lock(self.folder)
-                if self._lock:
-                    run_record.mark_unpublished(self.folder)
-                    run_record.save(self.folder, self._record("RUNNING"), {})
-            self._stamp = _stamp(self._history)  # without the lock, it is a run of the same key that we wait for
+                run_record.save(self.folder, self._record("RUNNING"), {})
+            self._running = True
         super().on_poll()
 
     def publish_live(self, store: "Store") -> None:
         """Log the new points of the history, once the training has started."""
-        if not self._lock:
+        if not self._running:
             return
         live, self._live = self._live, None  # after a failure the history is read again; known steps are skipped
         if not live:
@@ -93,32 +90,19 @@ class Train(Stage):
 
     def end(self, code: int) -> None:
         """Write the final record, publish everything, delete the oldest run folders."""
-        changed = self._lock or _stamp(self._history) != self._stamp
-        refused = code == 2 or run_record.read(self.folder, "train")  # or failed before it touched the history
         if self._stop_monitor:
             self._stop_monitor()
-        if not self._lock and (changed or not refused):
-            self._lock = run_record.try_lock(self.folder, wait_s=LOCK_S)
-        if self._lock:
-            run_record.mark_unpublished(self.folder)
+        recorded = run_record.read(self.folder, "train")
+        if self._has_started() or (code != 2 and not recorded):
             record = self._record(child.status_of(code))
             self.save(record, {"params.yaml": self._params_text}, with_outputs=not code)
-            self.publisher.attempt(self._publish, last=True)
-        elif code == 2 and not self._history.exists():  # a refused command leaves no run folder
-            shutil.rmtree(self.folder / "logs", ignore_errors=True)
-            with suppress(OSError):
-                self.folder.rmdir()
+            self.publisher.attempt(lambda store: publish_run(store, self.folder), last=True)
+        elif not recorded and not self._history.exists():  # a refused command leaves no run folder
+            shutil.rmtree(self.folder)
         run_record.prune(self.root, current=self.folder)
 
-    def plots(self) -> Iterator[tuple[str, bytes]]:
-        """Losses and learning rate."""
-        from stages.run_plots import of_training  # noqa: PLC0415 (imports matplotlib)
-
-        yield from of_training(HistoryReader(self._history).new_points())
-
-    def _publish(self, store: "Store") -> None:
-        publish_run(store, self.folder)
-        run_record.mark_published(self.folder)
+    def _has_started(self) -> bool:
+        return _stamp(self._history) != self._stamp
 
     def _record(self, status: str) -> Record:
         """What is known of the training; its results only if it is finished, since older ones may be present before."""
@@ -151,11 +135,10 @@ def _processes(launch: LaunchParams, train: dict[str, Any]) -> int:
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     """A value that changes if a file is appended to, truncated or replaced."""
-    try:
+    with suppress(FileNotFoundError):
         found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+        return found.st_ino, found.st_size, found.st_mtime_ns
+    return None
 
 
 def _md5(path: Path) -> str:
@@ -166,11 +149,10 @@ def _md5(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """A JSON file of the command; empty if it is missing or invalid, which is left to the command to report."""
-    try:
+    with suppress(OSError, ValueError):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found
+        return found
+    return {}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from gpt.core.errors import UserError
 from gpt.core.files import prepare_output, sha256_file, write_csv, write_metrics
 from gpt.core.params import read_section
 from gpt.data.token_files import load_tokens
+from gpt.evaluation.curves import render_curves
 from gpt.evaluation.evaluator import EvaluateParams, evaluate, inspect_checkpoint
-from gpt.evaluation.plots import write_plots
+from gpt.evaluation.plots import render_plots, write_plots
 from gpt.model.checkpoint import load_checkpoint
 
 
@@ -28,7 +29,9 @@ def command(
     ],
     plots: Annotated[
         Path | None,
-        typer.Option("--pictures", metavar="FOLDER", help="Output folder for plots of the model, PNG."),
+        typer.Option(
+            "--pictures", metavar="FOLDER", help="Output folder for plots of the model and of the tables, PNG."
+        ),
     ] = None,
     changes: Changes = [],  # noqa: B006 (Typer copies it)
     log_file: LogFile = LOG_FILE,
@@ -53,4 +56,5 @@ def command(
         for line in evaluation.summary:
             report(line)
         if plots:
-            write_plots(plots, inspect_checkpoint(loaded, data))
+            write_plots(plots, render_plots(inspect_checkpoint(loaded, data)))
+            write_plots(plots, render_curves(evaluation.positions, evaluation.calibration))

@@ -12,7 +12,7 @@ import typer
 from gpt.core.errors import UserError
 from gpt.core.files import prepare_output
 from gpt.evaluation.interpretability import ModelInspection, Numbers, inspect_model
-from gpt.evaluation.plots import write_plots
+from gpt.evaluation.plots import render_plots, write_plots
 from gpt.model.checkpoint import Checkpoint, load_checkpoint
 from gpt.model.config import ModelConfig
 from gpt.model.device import CPU_THREADS
@@ -49,9 +49,8 @@ def command(
     if inspection.attention and length < len(tokens):
         print(f"\nThese are the first {length} of {len(tokens)} tokens; later tokens do not change their rows.")
     if out:
-        for path in write_plots(
-            out, inspect_model(model, tokens[: min(PLOTTED_TOKENS, loaded.model.block_size)], decode)
-        ):
+        plotted = inspect_model(model, tokens[: min(PLOTTED_TOKENS, loaded.model.block_size)], decode)
+        for path in write_plots(out, render_plots(plotted)):
             print(f"-> {path}")
 
 

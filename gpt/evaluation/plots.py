@@ -4,7 +4,7 @@ Equal numbers give equal bytes. Matplotlib is imported with the first plot, sinc
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,10 @@ LINES = {
 }
 
 
-def write_plots(folder: Path, inspection: "ModelInspection") -> list[Path]:
-    """Write all plots into a folder; return their paths."""
+def write_plots(folder: Path, plots: Iterable[tuple[str, bytes]]) -> list[Path]:
+    """Write plots, given as file names and PNGs, into a folder; return their paths."""
     written = []
-    for name, content in render_plots(inspection):
+    for name, content in plots:
         with atomic_write(folder / name) as file:
             file.write(content)
         written.append(folder / name)

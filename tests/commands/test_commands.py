@@ -52,7 +52,7 @@ def test_evaluate_reproduces_the_validation_loss_of_training(
     run_main: RunMain, trained: Path, tokens: Path, tmp_path: Path
 ) -> None:
     printed = run_main(*evaluate_line(trained, tokens, trained / "params.yaml"), "--pictures", "pictures")
-    names = {"attention.png", "positions.png", "embeddings.png"}
+    names = {"attention.png", "positions.png", "embeddings.png", "loss_by_position.png", "calibration.png"}
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
     metrics = json.loads((tmp_path / "evaluate.json").read_text())
     val_loss = load_checkpoint(trained / "model.pt").about["val_loss"]

@@ -29,7 +29,8 @@ def train(options: argparse.Namespace, plan: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_history(folder / "history.jsonl", plan)
     log(options.log_file, f"train[{folder.name[:8]}]", "started")
-    time.sleep(plan.get("rest", 0))
+    while plan.get("hold") and not Path("go").exists():
+        time.sleep(0.05)
     if plan.get("hang"):
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
         Path("ready").touch()

@@ -20,7 +20,7 @@ from gpt.core.files import sha256_file
 from gpt.training.fingerprint import run_key
 from stages import mlflow_store
 from tests.support import fake_gpt
-from tests.support.common import environment, free_port, run
+from tests.support.common import environment, free_port, run, wait_for
 
 PARAMS = """\
 download: {sources: [here, "https://user:secret@host/text?key=1"], sha256: null}
@@ -54,6 +54,11 @@ class Workspace:
         (self.folder / "ready").unlink(missing_ok=True)
         line, pipe = [sys.executable, "-m", f"stages.{stage}", *words], subprocess.PIPE
         return subprocess.Popen(line, cwd=self.folder, env=self.environment, stdout=pipe, stderr=pipe, text=True)
+
+    def go_on(self, *, samples: int) -> None:
+        """Let a command that was started with `hold` end when its run has this many samples of system metrics."""
+        wait_for(lambda: (runs := self.runs()) and len(steps(runs[0], "system/cpu_utilization_percentage")) >= samples)
+        (self.folder / "go").touch()
 
     def run_gpt(self, verb: str, *words: str, **plan: object) -> "subprocess.Popen[str]":
         common = ("--params", "params.yaml", "--checkpoint", "w.pt")
@@ -199,7 +204,9 @@ def done(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Workspa
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"]):
         run(["git", *words], place.folder)
     place.environment |= {"DVC_EXP_NAME": "wise-owl", "DVC_ROOT": str(place.folder)}
-    assert ended(place.train(rest=3)) == ""
+    train = place.train(hold=True)
+    place.go_on(samples=1)
+    assert ended(train) == ""
     assert ended(place.evaluate()) == ""
     both = [place.evaluate("-S", "evaluate.batch_size=8", loss=1.25), place.generate(loss=1.25)]
     assert [ended(process) for process in both] == ["", ""]

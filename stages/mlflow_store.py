@@ -14,10 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from alembic.util.exc import CommandError
 from filelock import FileLock
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
@@ -26,13 +27,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from gpt.core.errors import UserError
 from gpt.core.files import canonical_json, sha256_file
 from stages.description import description
+from stages.publish import SQLITE
 from stages.run_record import Point, Record, artifacts, digest, dvc_cache
 
 EXPERIMENT = "chargpt"
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36  # limits of MLflow
 MONITOR_END_S = 5
 NOTE = "mlflow.note.content"  # the tag with a run's description
-SQLITE = "sqlite:///"
 
 
 class Store:
@@ -50,20 +51,20 @@ class Store:
         for name in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # no line for every table
         logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
-        file = Path(address.removeprefix(SQLITE).partition("?")[0]) if address.startswith(SQLITE) else None
+        self._file = Path(address.removeprefix(SQLITE).partition("?")[0]) if address.startswith(SQLITE) else None
         with self.lock():
             try:
                 self.client = MlflowClient(address)
                 found = self.client.get_experiment_by_name(EXPERIMENT)
-                self._experiment = found.experiment_id if found else self._create_experiment(address)
-                if file:
-                    with closing(sqlite3.connect(file)) as database:
+                self._experiment = self._checked(found) if found else self._create_experiment(address)
+                if self._file:
+                    with closing(sqlite3.connect(self._file)) as database:
                         database.execute("PRAGMA journal_mode=WAL")  # persistent; parallel writers wait less
             except (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error) as error:
-                if not file:
+                if not self._file:
                     raise
-                reason = str(error).partition("\n")[0][:80]
-                raise UserError(f"{reason}; if this persists, delete {file.name} (sync rebuilds it)") from error
+                reason = str(error).partition("\n")[0].replace("<database_uri>", address)
+                raise UserError(f"{reason}; or delete {self._file.name} (sync rebuilds it)") from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -98,11 +99,22 @@ class Store:
         newest, query = ["attributes.start_time DESC"], f"tags.`{tag}` = '{value}'"
         return list(self.client.search_runs([self._experiment], query, order_by=newest))
 
+    def _checked(self, experiment: Experiment) -> str:
+        """The id of an experiment that can be written to; in our own store, its artifacts are in our root."""
+        location = urlsplit(experiment.artifact_location)
+        elsewhere = location.scheme in ("", "file") and not Path(unquote(location.path)).is_relative_to(self.root)
+        if experiment.lifecycle_stage != "active":
+            command = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+            raise UserError(f"the experiment {EXPERIMENT!r} was deleted in MLflow; to restore it: {command}")
+        if elsewhere and self._file == self.root / "mlflow.db":
+            text = f"mlflow.db belongs to another folder: its artifacts are in {location.path}"
+            raise UserError(f"{text}; delete mlflow.db (sync rebuilds it)")
+        return str(experiment.experiment_id)
+
     def _create_experiment(self, address: str) -> str:
         """Create the experiment with a permanent artifact location: in our root, or the default of a server."""
         remote = not address.startswith(("sqlite:", "file:", "/"))
-        created: str = self.client.create_experiment(EXPERIMENT, None if remote else (self.root / "mlruns").as_uri())
-        return created
+        return str(self.client.create_experiment(EXPERIMENT, None if remote else (self.root / "mlruns").as_uri()))
 
 
 class TrackedRun:
@@ -131,14 +143,38 @@ class TrackedRun:
         """Set the status RUNNING and log what is known at the start."""
         self._client.update_run(self.id, "RUNNING", record.name)
         self._written()
-        self._log_record(record)
+        self.log(record)
 
-    def publish(self, folder: Path, record: Record) -> None:
-        """Log what the run lacks of a stage's record and artifacts.
+    def log(self, record: Record) -> None:
+        """Log what the run lacks of the record's tags, params, metrics and dataset."""
+        run, time = self._run(), int(record.ended * 1000)
+        tags = {name: value[:LONGEST_TAG] for name, value in record.tags.items()}
+        self._log(
+            tags=[RunTag(name, value) for name, value in tags.items() if run.data.tags.get(name) != value],
+            params=[Param(k, v[:LONGEST_PARAM]) for k, v in record.params.items() if k not in run.data.params],
+            metrics=[Metric(k, v, time, 0) for k, v in record.metrics.items() if run.data.metrics.get(k) != v],
+        )
+        if record.dataset and not (run.inputs and run.inputs.dataset_inputs):
+            with self._store.lock():  # MLflow fails if two runs log the same dataset at once
+                self._client.log_inputs(self.id, [_dataset(record.dataset)])
+            self._written()
+
+    def upload(self, folder: Path, records: Iterable[Record]) -> None:
+        """Upload the artifacts of stages, and the checkpoint, as far as the run lacks them.
 
         A tag holds the digest of the artifacts uploaded last, since a listing has only names.
+
+        Raises:
+            UserError: the artifact store failed.
+
         """
-        self._log_record(record)
+        try:
+            for record in records:
+                self._upload_stage(folder, record)
+        except (MlflowException, OSError) as error:  # requests raises OSErrors
+            raise UserError(f"artifacts not stored: {type(error).__name__}: {error}") from error
+
+    def _upload_stage(self, folder: Path, record: Record) -> None:
         content, tag = digest(folder, record.stage), f"published.{record.stage}"
         same = self._run().data.tags.get(tag) == content
         for name, path in artifacts(folder, record.stage):
@@ -206,20 +242,6 @@ class TrackedRun:
             folders += [item.path for item in items if item.is_dir]
             found |= {item.path for item in items if not item.is_dir}
         return found
-
-    def _log_record(self, record: Record) -> None:
-        """Log what the run lacks of the record's tags, params, metrics and dataset."""
-        run, time = self._run(), int(record.ended * 1000)
-        tags = {name: value[:LONGEST_TAG] for name, value in record.tags.items()}
-        self._log(
-            tags=[RunTag(name, value) for name, value in tags.items() if run.data.tags.get(name) != value],
-            params=[Param(k, v[:LONGEST_PARAM]) for k, v in record.params.items() if k not in run.data.params],
-            metrics=[Metric(k, v, time, 0) for k, v in record.metrics.items() if run.data.metrics.get(k) != v],
-        )
-        if record.dataset and not (run.inputs and run.inputs.dataset_inputs):
-            with self._store.lock():  # MLflow fails if two runs log the same dataset at once
-                self._client.log_inputs(self.id, [_dataset(record.dataset)])
-            self._written()
 
     def _log(self, **entities: Sequence[Any]) -> None:
         """Log tags, params and metrics; synchronously, so that an error is raised here and nothing is lost at exit."""

@@ -3,12 +3,14 @@
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt.core.errors import UserError
 from gpt.fast_import import fast_import
 from stages import run_record
 from stages.run_record import HistoryReader
@@ -16,6 +18,8 @@ from stages.run_record import HistoryReader
 if TYPE_CHECKING:
     from stages.mlflow_store import Store
 
+SQLITE = "sqlite:///"
+LONGEST_ERROR = 1000  # characters
 RETRY_S = 30  # between two attempts to reach a store that failed
 # MLflow's defaults let a server that does not answer block for four minutes.
 CLIENT = {
@@ -28,14 +32,18 @@ CLIENT = {
 
 
 def tracking_uri(root: Path) -> str:
-    """The address of the tracking store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    """The address of the tracking store; a relative path is relative to the main workspace."""
+    address = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    scheme, separator, path = address.partition(SQLITE)
+    return address if scheme or not separator else f"{SQLITE}{root / path}"
 
 
 def connect(root: Path) -> "Store":
     """Import MLflow, which takes more than a second, and open the store."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
+    for name in ("no_proxy", "NO_PROXY"):  # a proxy cannot reach a server on this machine's loopback interface
+        os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "localhost", "127.0.0.1", "::1"])
     store: Store = fast_import("stages.mlflow_store").Store(tracking_uri(root), root)
     return store
 
@@ -87,21 +95,21 @@ def publish_run(store: "Store", folder: Path, stages: Sequence[str] = run_record
     if not train:
         return False
     run = store.find_or_create("run.key", folder.name, train)
-    if "train" in stages:
-        run.log_history(HistoryReader(folder / "history.jsonl").new_points())
-    for stage in stages:
-        if record := run_record.read(folder, stage):
-            run.publish(folder, record)
+    records = [record for stage in stages if (record := run_record.read(folder, stage))]
+    for record in records:
+        run.log(record)
     run.describe(folder)
     if "train" in stages:
+        run.log_history(HistoryReader(folder / "history.jsonl").new_points())
         run.finish(train)
+    run.upload(folder, records)  # last: artifacts may lie in another store, which fails alone
     return run.changed
 
 
 def brief(error: BaseException) -> str:
-    """A library's error on one short line."""
-    text = f"{type(error).__name__}: {error}".replace("\n", " ")
-    return without_credentials(text)[:200].strip()
+    """An error on one line; of a library's error with its type, without a part that is too long for a remedy."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return without_credentials(textwrap.shorten(text, LONGEST_ERROR, placeholder=" …"))
 
 
 def without_credentials(text: str) -> str:

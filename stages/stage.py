@@ -122,7 +122,8 @@ class CheckpointStage(Stage):
         if not run:
             run = store.find_or_create("checkpoint.sha256", self.about, record)
             run.finish(record)
-        run.publish(self.folder, record)
+        run.log(record)
+        run.upload(self.folder, [record])
 
 
 @cache  # at the start of the stage: the user may commit while it runs

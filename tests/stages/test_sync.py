@@ -3,6 +3,10 @@
 import hashlib
 import os
 import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,9 @@ from mlflow.entities import Metric, Param
 
 from gpt.core.files import sha256_file
 from stages import mlflow_store, sync
+from stages.publish import tracking_uri
 from stages.run_record import Record, save
-from tests.support.common import wait_for
+from tests.support.common import environment, wait_for
 from tests.support.workspace import Run, Workspace, answers, runs_in, steps
 
 MD5 = hashlib.md5(b"weights").hexdigest()
@@ -129,3 +134,85 @@ def test_changes_are_published_and_a_users_edits_are_kept(
     assert run["tags"]["mlflow.note.content"] == "the best so far"
     assert run["artifacts"]["text.txt"] == "ROMEO: ah\n"
     assert run["artifacts"]["dvc.lock"] == Path("dvc.lock").read_text()
+
+
+def test_a_deleted_experiment_is_named_and_after_its_restoration_published_once(
+    kept: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copyfile(empty_store, "mlflow.db")
+    client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    experiment = client.create_experiment(mlflow_store.EXPERIMENT, (Path.cwd() / "mlruns").as_uri())
+    client.delete_experiment(experiment)
+    assert sync.main([]) == 1
+    assert f"mlflow experiments restore --experiment-id {experiment}" in capsys.readouterr().err
+    client.restore_experiment(experiment)
+    assert [sync.main([]), sync.main([])] == [0, 0]
+    assert [run["name"] for run in runs_in(client)] == ["other", "wise-owl"]
+
+
+def test_a_store_of_a_moved_folder_is_refused_and_rebuilt(
+    kept: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old = Path.cwd()
+    shutil.copyfile(empty_store, "mlflow.db")
+    assert sync.main([]) == 0
+    moved = old.rename(old.with_name("moved"))
+    monkeypatch.chdir(moved)
+    assert sync.main([]) == 1
+    assert "delete mlflow.db" in capsys.readouterr().err
+    for file in moved.glob("mlflow.db*"):
+        file.unlink()
+    shutil.copyfile(empty_store, "mlflow.db")
+    # In a process of its own, since MLflow keeps connections to the deleted file open.
+    subprocess.run([sys.executable, "-m", "stages.sync"], env=environment(), check=True)
+    runs = runs_in(MlflowClient(f"sqlite:///{moved}/mlflow.db?"))
+    assert ["params.yaml" in run["artifacts"] for run in runs] == [True, True]
+    assert not old.exists()
+
+
+def test_artifacts_that_cannot_be_stored_are_added_later(
+    kept: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything else is there, also if the user has switched on asynchronous logging."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
+    shutil.copyfile(empty_store, "mlflow.db")
+    shutil.rmtree(kept[1])
+    Path("mlruns").write_text("no folder")
+    assert sync.main([]) == 1
+    assert "artifacts not stored: " in capsys.readouterr().err
+    client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    Path("mlruns").unlink()
+    (without,) = runs_in(client)
+    assert (without["status"], without["artifacts"], steps(without, "train_loss")) == ("FINISHED", {}, list(range(12)))
+    assert sync.main([]) == 0
+    (run,) = runs_in(client)
+    assert run["artifacts"]["text.txt"] == "ROMEO: hm\n"
+    assert {**run, "artifacts": {}, "tags": 0} == {**without, "tags": 0}
+
+
+def test_a_store_of_another_mlflow_version_is_named_with_the_remedy(
+    kept: list[Path], empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copyfile(empty_store, "mlflow.db")
+    with closing(sqlite3.connect("mlflow.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '1bd49d398cd2'")
+    assert sync.main([]) == 1
+    assert f"mlflow db upgrade sqlite:///{Path.cwd()}/mlflow.db" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", "sqlite:////main/mlflow.db"),
+        ("sqlite:///a/b.db", "sqlite:////main/a/b.db"),
+        ("sqlite:////c.db?x=1", "sqlite:////c.db?x=1"),
+        ("http://host/sqlite:///", "http://host/sqlite:///"),
+    ],
+)
+def test_relative_addresses_mean_the_main_workspace(given: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert tracking_uri(Path("/main")) == expected

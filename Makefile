@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export SHELL  # DVC runs its commands in it; the login shell of a service account may refuse
+unexport PYTHONSAFEPATH  # would hide the code in this folder
 INSTALL = python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
 .DEFAULT_GOAL := help
@@ -30,9 +32,8 @@ bench: $(VENV)/pipeline ## Compare with nanoGPT, profile training steps, measure
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=1 -m benchmarks.sharding
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.sharding
 
-ui: $(VENV)/pipeline ## Show the runs in MLflow's UI on http://127.0.0.1:5000
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
-		--host 127.0.0.1 --port 5000 --allowed-hosts localhost:5000,127.0.0.1:5000
+ui: $(VENV)/pipeline ## Show the runs in MLflow's UI on http://127.0.0.1:5000; another port: make ui PORT=5001
+	python -m stages.ui $(PORT)
 
 clean: ## Delete the environment, outputs and tool caches; keep MLflow runs, DVC experiments and DVC's cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info data/tokens

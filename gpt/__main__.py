@@ -2,10 +2,14 @@
 
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError as error:
+    sys.exit(f"gpt: {error} for {sys.executable}; activate the environment: . .venv/bin/activate")
 
 from gpt.core.errors import OneLineError
 from gpt.fast_import import fast_import
@@ -24,6 +28,9 @@ CONSOLE_SCRIPT = "chargpt"
 
 def main() -> None:
     """Run one verb; print an error that the user can correct as one line on stderr and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # the encoding may lack characters of the corpus
     arguments = sys.argv[1:] or ["--help"]
     verb = next((argument for argument in _completed_arguments() or arguments if argument in VERBS), "")
     program = CONSOLE_SCRIPT if Path(sys.argv[0]).stem == CONSOLE_SCRIPT else "python -m gpt"

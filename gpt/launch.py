@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from gpt.core.errors import UserError
 from gpt.core.params import Section
@@ -16,33 +16,15 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/gpus")
 class LaunchParams(Section):
     """The section `launch`. It does not change any output."""
 
-    processes: Literal["auto"] | int
+    processes: Literal["auto", 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     timeout: int = Field(ge=1)  # seconds without communication after which a process counts as dead
-
-    @field_validator("processes", mode="before")
-    @classmethod
-    def _power_of_two(cls, value: object) -> object:
-        if value == "auto" or (type(value) is int and value > 0 and value & (value - 1) == 0):
-            return value
-        raise ValueError(
-            f"expected auto or a power of two (1, 2, 4, …), found {value!r}; auto is right for most machines"
-        )
 
 
 def choose_processes(requested: Literal["auto"] | int, *, shards: int, gpus: int, cores: int) -> tuple[int, str]:
-    """Choose the number of training processes.
-
-    Args:
-        requested: `launch.processes`.
-        shards: `train.shards`; each process computes at least one.
-        gpus: number of usable GPUs; 0 trains on the CPU.
-        cores: number of usable CPU cores.
+    """Choose the number of training processes: each computes at least one shard, on a GPU or, without GPUs, a core.
 
     Returns:
         The number, and a message about idle devices, empty if there are none.
-
-    Raises:
-        UserError: a fixed number is greater than `shards`.
     """
     if requested != "auto" and requested > shards:
         raise UserError(

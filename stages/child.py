@@ -76,7 +76,7 @@ def run(
         message = f"{Path(words[0]).name} ended with exit code {code}"
         _log_failure(logs, mark, message, stderr.text)
         if received:
-            print(f"stages.{stage}: stopped by {signal.Signals(received[-1]).name}", file=sys.stderr)
+            print(f"stages.{stage}: stopped by {signal.Signals(received[0]).name}", file=sys.stderr)
         elif worker and (worker.code < 0 or not stderr.errors):  # a killed worker leaves no message of its own
             crash = torchrun.without_summary(stderr.text) if worker.code > 0 else ""
             when = f"after {seconds:.0f} s; run again to continue; details in {os.path.relpath(logs[0])}"
@@ -143,7 +143,10 @@ def end_with_parent() -> None:
 
 @contextmanager
 def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
-    """Survive SIGINT, which a terminal sends to the child as well, and forward SIGTERM to the child.
+    """Survive SIGINT and SIGHUP, which a terminal sends to the child as well, and forward SIGTERM to the child.
+
+    Under nohup, SIGHUP stays ignored. After SIGHUP, SIGTERM is not forwarded: it reports the death of dvc, and a second
+    signal would end torchrun before its workers have saved their state.
 
     Afterwards SIGINT interrupts again. SIGTERM does not, so that the results are published; but if it came because dvc
     was killed, this process exits, and `stages.sync` publishes the rest.
@@ -156,12 +159,14 @@ def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
         received.append(number)
         if os.getppid() != parent and forward_to and forward_to[0].returncode is not None:
             sys.exit(128 + number)
-        if number == signal.SIGTERM:
+        if number == signal.SIGTERM and signal.SIGHUP not in received:
             for child in forward_to:
                 child.send_signal(number)
 
     previous = signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handle)
     try:
         yield received, forward_to
     finally:

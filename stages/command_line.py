@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +88,9 @@ def enter(stage: str, main: Callable[[Sequence[str]], int]) -> NoReturn:
         end_with_parent()  # if dvc is killed, a second `dvc repro` must not run beside this stage
         if os.getpgid(os.getppid()) != os.getpgrp():  # dvc was killed before the line above
             sys.exit(1)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         drop_states(main_workspace())
         code = run_checked(main, sys.argv[1:])

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from gpt.core.errors import UserError
 
 # One thread per process: another number of threads gives other bits on the CPU.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
+LOOPBACK, CONNECT_S = "127.0.0.1", 5
 # A user who sets one of these describes a group of several machines, and then has to describe it in full.
 RENDEZVOUS = ("PET_RDZV_ENDPOINT", "PET_RDZV_BACKEND", "PET_MASTER_ADDR", "PET_NODE_RANK")
 
@@ -42,8 +44,24 @@ def training_environment(processes: int) -> dict[str, str]:
     if nodes() > 1:
         torchrun |= {"PET_RDZV_BACKEND": "static", "PET_NODE_RANK": "0"}
     elif not any(name in os.environ for name in RENDEZVOUS):
-        torchrun |= {"PET_STANDALONE": "1"}
+        torchrun |= {"PET_STANDALONE": "1", "PET_LOCAL_ADDR": LOOPBACK}  # the host name may not resolve
+        _check_loopback()
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup, torchrun must ignore it, too
+        torchrun |= {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT"}
     return THREADS | {name: os.environ.get(name, value) for name, value in torchrun.items()}
+
+
+def _check_loopback() -> None:
+    """Refuse to train without a loopback interface, on which torchrun would wait for its own answer.
+
+    Raises:
+        UserError: a connection on this machine failed.
+    """
+    try:
+        with socket.create_server((LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise UserError(f"{LOOPBACK}: expected a loopback interface, found: {error}; ip link set lo up") from error
 
 
 def command_for_other_nodes(words: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gpt
+from tests.conftest import RunMain
 from tests.support.common import run
 
 
@@ -15,15 +16,15 @@ def model(trained: Path) -> gpt.LoadedModel:
     return gpt.load(str(trained / "model.pt"))
 
 
-def test_generate_returns_what_the_command_prints(trained: Path, tmp_path: Path, model: gpt.LoadedModel) -> None:
+def test_generate_returns_what_the_command_prints(trained: Path, run_main: RunMain, model: gpt.LoadedModel) -> None:
     options = ["--prompt", "the ", "--max-new-tokens", "60", "--temperature", "1.1", "--top-k", "9", "--min-p", "0.01"]
     options += ["--repetition-penalty", "1.2", "--stop", "zz", "--seed", "5"]
-    done = run([sys.executable, "-m", "gpt", "generate", "--checkpoint", trained / "model.pt", *options], tmp_path)
+    printed = run_main("generate", "--checkpoint", trained / "model.pt", *options)
     text = model.generate(
         "the ", max_new_tokens=60, temperature=1.1, top_k=9, min_p=0.01, repetition_penalty=1.2, stop=["zz"], seed=5
     )
     assert text.startswith("the ")
-    assert done.stdout == text + "\n"
+    assert printed == text + "\n"
 
 
 def test_the_chunks_of_stream_join_to_the_text_of_generate(model: gpt.LoadedModel) -> None:
@@ -31,7 +32,7 @@ def test_the_chunks_of_stream_join_to_the_text_of_generate(model: gpt.LoadedMode
     assert len(chunks) > 20
     assert "".join(chunks) == model.generate("the ", max_new_tokens=40, seed=1)
     assert model.generate("the ", max_new_tokens=40, seed=2) != "".join(chunks)
-    assert len(model.generate()) == 500  # the default of max_new_tokens
+    assert next(model.stream()) == ""  # the default prompt
 
 
 def test_loss_is_the_validation_loss_of_training(model: gpt.LoadedModel, corpus: Path) -> None:

@@ -1,6 +1,5 @@
 """Check all sections of a params file, so that an error in the last one is found before training."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,23 +27,15 @@ SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def check_params(path: Path, changes: Sequence[str] = ()) -> dict[str, Section]:
-    """Read all sections of a params file, with `changes` (`section.key=value`) applied.
-
-    Raises:
-        UserError: the first error.
-    """
-    params = read_params(path, changes)
-    for name in params:
-        if name not in SECTIONS:
-            raise UserError(f"{path}: {name}: unknown section{suggestion(name, SECTIONS)}")
-    return {name: check_section(path, name, section, params) for name, section in SECTIONS.items()}
-
-
 def command(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Params file to check.")] = Path("params.yaml"),
     changes: Changes = [],  # noqa: B006 (Typer copies it)
 ) -> None:
-    """Check the file and print the result."""
-    check_params(path, changes)
+    """Check the file and print the result; the first problem is a UserError."""
+    params = read_params(path, changes)
+    for name in params:
+        if name not in SECTIONS:
+            raise UserError(f"{path}: {name}: unknown section{suggestion(name, SECTIONS)}")
+    for name, section in SECTIONS.items():
+        check_section(path, name, section, params)
     print(f"{path}: all {len(SECTIONS)} sections are valid")

@@ -20,19 +20,10 @@ def command(
     params: ParamsFile,
     tokens: Annotated[Path, typer.Option(metavar="FOLDER", help="Output folder of the command tokenize.")],
     checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Checkpoint to evaluate.")],
-    metrics: Annotated[Path, typer.Option(metavar="FILE", help="Output file for the metrics, JSON.")],
-    positions: Annotated[
-        Path, typer.Option(metavar="FILE", help="Output file for the loss by position in the context, CSV.")
-    ],
-    calibration: Annotated[
-        Path, typer.Option(metavar="FILE", help="Output file for the accuracy by predicted probability, CSV.")
-    ],
-    plots: Annotated[
-        Path | None,
-        typer.Option(
-            "--pictures", metavar="FOLDER", help="Output folder for plots of the model and of the tables, PNG."
-        ),
-    ] = None,
+    metrics: Annotated[Path, typer.Option(metavar="FILE", help="Output: the metrics, JSON.")],
+    positions: Annotated[Path, typer.Option(metavar="FILE", help="Output: the loss by position in the context, CSV.")],
+    calibration: Annotated[Path, typer.Option(metavar="FILE", help="Output: accuracy by predicted probability, CSV.")],
+    plots: Annotated[Path | None, typer.Option("--pictures", metavar="FOLDER", help="Output: plots, PNG.")] = None,
     changes: Changes = [],  # noqa: B006 (Typer copies it)
     log_file: LogFile = LOG_FILE,
 ) -> None:

@@ -29,10 +29,7 @@ def command(
     ],
     layer: Annotated[int, typer.Option(min=1, help="Layer whose scores are printed, from 1.")] = 1,
     head: Annotated[int, typer.Option(min=1, help="Head whose scores are printed, from 1.")] = 1,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Output folder for plots of all heads, positions and embeddings, PNG."),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Output: plots of the whole model, PNG.")] = None,
 ) -> None:
     """Print three matrices; write the plots."""
     loaded = load_checkpoint(checkpoint)

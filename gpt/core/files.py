@@ -15,6 +15,8 @@ from gpt.core.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
 DECIMALS = 4  # of a metric: another seed changes the third one of a loss
 
 
@@ -48,11 +50,7 @@ def write_csv(path: Path, table: "pd.DataFrame") -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing or not JSON.
-    """
+    """Read a JSON file; a missing or invalid file is a UserError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,11 +60,7 @@ def read_json(path: Path) -> Any:
 
 
 def prepare_output(path: Path) -> None:
-    """Create the folder of an output and check that it is writable, before long work starts.
-
-    Raises:
-        UserError: the folder cannot be created or written.
-    """
+    """Create the folder of an output; a folder that cannot be written is a UserError, before long work starts."""
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = _temporary_name(path)
@@ -79,10 +73,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that gets its final name only when the block ends without an error.
 
     The bytes go to a temporary file in the same folder, which is flushed to disk and renamed. Then the folder is
-    flushed, so that the rename survives a power failure.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written; the old file is unchanged.
+    flushed, so that the rename survives a power failure. If the folder cannot be written or the disk is full, a
+    UserError is raised and the old file is unchanged.
     """
     temporary = _temporary_name(path)
     with explain_os_errors(path):
@@ -114,21 +106,13 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(
-                f"{path}: no space left on the device ({free:,} bytes free in {path.parent}); "
-                "no file was replaced: free some space and run again"
-            ) from error
-        if (
-            isinstance(error, PermissionError | FileExistsError | NotADirectoryError | IsADirectoryError)
-            or error.errno == errno.EROFS
-        ):
-            raise UserError(
-                f"{path}: expected a writable path, found: {error.strerror}; "
-                "correct the permissions or choose another path"
-            ) from error
-        raise
+        if error.errno in NO_SPACE:
+            remedy = f"free some space ({shutil.disk_usage(path.parent).free:,} bytes are free) and run again"
+        elif error.errno in NO_ACCESS:
+            remedy = "correct the permissions or choose another path"
+        else:
+            raise
+        raise UserError(f"{path}: expected a writable path, found: {error.strerror}; {remedy}") from error
 
 
 def _temporary_name(path: Path) -> Path:

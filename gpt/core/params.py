@@ -1,6 +1,7 @@
 """Strict reading of params files: every key is required, unknown keys are errors, errors name the key."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,10 +9,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from gpt.core.errors import UserError
+from gpt.core.errors import UserError, without_secrets
 
 
 class Section(BaseModel):
@@ -42,16 +42,13 @@ def read_params(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: expected a params file, found no file; start from one in presets/") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: expected UTF-8, found byte {error.object[error.start]:#04x} at {error.start}"
-        ) from None
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise UserError(f"{path}: {_duplicate(error)} is duplicated in line {line}; delete one of them") from None
+        raise UserError(f"{path}: expected UTF-8, found {error.reason} at byte {error.start:,}; convert it") from None
     except YAMLError as error:
-        raise UserError(f"{path}: expected YAML, found {_yaml_problem(error)}; correct that line") from None
+        raise UserError(f"{path}: expected YAML: {_yaml_problem(error)}; correct that line") from None
     if not isinstance(params, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {_kind(params)}; start from a file in presets/")
+        raise UserError(
+            f"{path}: expected a mapping of sections, found {_shown(params)}; start from a file in presets/"
+        )
     for change in changes:
         _apply(params, change)
     return params
@@ -63,17 +60,16 @@ def check_section(path: Path, name: str, section: type[S], params: Mapping[str, 
         near = suggestion(name, params)
         raise UserError(f"{path}: {name}: this section is missing{near}; copy it from a file in presets/")
     if not isinstance(params[name], dict):
-        raise UserError(f"{path}: {name}: expected a section of keys, found {_kind(params[name])}")
+        raise UserError(f"{path}: {name}: expected a section of keys, found {_shown(params[name])}")
+    for key in section.model_fields:
+        if key not in params[name]:  # also keys with a default, which applies to commands without a params file
+            raise UserError(f"{path}: {name}.{key}: this key is missing; copy it from a file in presets/")
     try:
-        checked = section.model_validate(params[name])
+        return section.model_validate(params[name])
     except ValidationError as error:
         found = error.errors(include_url=False)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise UserError(f"{path}: {_explain(name, section, found[0])}{more}") from None
-    for key in section.model_fields:
-        if key not in params[name]:  # also keys with a default, which applies to commands without a params file
-            raise UserError(f"{path}: {_missing(f'{name}.{key}')}")
-    return checked
 
 
 def suggestion(name: str, known: Mapping[str, Any]) -> str:
@@ -82,70 +78,46 @@ def suggestion(name: str, known: Mapping[str, Any]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
-def parse_change(text: str) -> tuple[str, str, Any]:
-    """Split `section.key=value` into section, key and the parsed YAML value.
-
-    Raises:
-        UserError: the text has a different form.
-    """
-    target, equals, value = text.partition("=")
-    section, dot, key = target.strip().partition(".")
-    if not (equals and dot and section and key):
-        raise UserError(f"--set {text}: expected SECTION.KEY=VALUE, for example train.max_steps=100")
-    try:
-        return section, key, _yaml().load(value) if value.strip() else ""
-    except YAMLError as error:
-        raise UserError(f"--set {target}: expected a value in YAML, found {_yaml_problem(error)}") from None
-
-
 def _yaml() -> YAML:
     return YAML(typ="safe", pure=True)  # YAML 1.2, as DVC reads it: 1e-3 is a number, `no` is a string
 
 
 def _apply(params: dict[str, Any], change: str) -> None:
-    section, key, value = parse_change(change)
+    """Set one key from a text `section.key=value`, whose value is YAML."""
+    target, equals, value = change.partition("=")
+    section, dot, key = target.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise UserError(f"--set {change}: expected SECTION.KEY=VALUE, for example train.max_steps=100")
     if not isinstance(params.get(section), dict):
-        raise UserError(
-            f"--set {section}.{key}: no section '{section}' in the params file{suggestion(section, params)}"
-        )
+        raise UserError(f"--set {target}: no section '{section}' in the params file{suggestion(section, params)}")
     if key not in params[section]:
-        raise UserError(f"--set {section}.{key}: unknown key{suggestion(key, params[section])}")
-    params[section][key] = value
+        raise UserError(f"--set {target}: unknown key{suggestion(key, params[section])}")
+    try:
+        params[section][key] = _yaml().load(value) if value.strip() else ""
+    except YAMLError as error:
+        raise UserError(f"--set {target}: expected a value in YAML: {_yaml_problem(error)}") from None
 
 
 def _explain(name: str, section: type[Section], error: ErrorDetails) -> str:
     key = ".".join([name, *map(str, error["loc"])])
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{suggestion(str(error['loc'][-1]), section.model_fields)}"
-    if error["type"] == "missing":
-        return _missing(key)
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return f"{key}: {message}" if error["loc"] else f"{name}.{message}"
-    expected = error["msg"].replace("Input should be ", "")
-    return f"{key}: expected {expected}, found {_kind(error['input'])}; correct it there or with -S {key}=VALUE"
+    expected = re.sub(r"^\w+ should (be|have|match) ", "", error["msg"])
+    remedy = f"correct it there or with -S {name}.{error['loc'][0]}=VALUE"
+    return f"{key}: expected {expected}, found {_shown(error['input'])}; {remedy}"
 
 
-def _missing(key: str) -> str:
-    return f"{key}: this key is missing; every key is required: copy it from a file in presets/"
-
-
-def _kind(value: object) -> str:
-    names = {str: "the string", bool: "the boolean", int: "the number", float: "the number", list: "the list"}
-    if value is None:
-        return "null"
+def _shown(value: object) -> str:
+    """A value as in YAML, without passwords; a section by the number of its keys."""
     if isinstance(value, dict):
         return f"a section of {len(value)} keys"
-    return f"{names.get(type(value), type(value).__name__)} {value!r}"
-
-
-def _duplicate(error: DuplicateKeyError) -> str:
-    problem = str(error.problem)
-    return problem.split('"')[1] if '"' in problem else "a key"
+    return "null" if value is None else without_secrets(repr(value))
 
 
 def _yaml_problem(error: YAMLError) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
-        mark = error.problem_mark
-        return f"{error.problem} in line {mark.line + 1}, column {mark.column + 1}"
+        return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
     return " ".join(str(error).split())

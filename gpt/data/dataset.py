@@ -1,6 +1,5 @@
 """Windows of the token files: random or shuffled ones for training, consecutive ones for evaluation."""
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -16,17 +15,14 @@ MIN_BLOCKS = 4  # of each split; the loss over fewer blocks depends too much on 
 
 
 def check_lengths(data: TokenData, *, block_size: int) -> None:
-    """Check that the text is long enough for this block size.
-
-    Raises:
-        UserError: a split has fewer than `MIN_BLOCKS` blocks.
-    """
-    required = MIN_BLOCKS * block_size
-    if min(len(data.train), len(data.val)) < required:
+    """Raise a UserError if a split has fewer than `MIN_BLOCKS` blocks of this size."""
+    found, required = (len(data.train), len(data.val)), MIN_BLOCKS * block_size
+    if min(found) < required:
+        longest = max(min(found) // MIN_BLOCKS, 1)
         raise UserError(
             f"the text is too short: expected at least {required:,} tokens in each split ({MIN_BLOCKS} blocks of "
-            f"model.block_size {block_size:,}), found {len(data.train):,} to train on and {len(data.val):,} to "
-            f"validate on; {_remedies(len(data.train), len(data.val), required)}"
+            f"model.block_size {block_size:,}), found {found[0]:,} to train on and {found[1]:,} to validate on; use a "
+            f"longer text, change tokenize.train_fraction, or set model.block_size to at most {longest:,}"
         )
 
 
@@ -97,18 +93,3 @@ def _epoch_starts(length: int, block_size: int, seed: int, epoch: int) -> Number
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     offset = generator.integers(block_size)
     return offset + block_size * generator.permutation(_windows_per_epoch(length, block_size))
-
-
-def _remedies(train: int, val: int, required: int) -> str:
-    """Settings that make both splits long enough, the smallest change first."""
-    shorter, total = min(train, val), train + val
-    remedies = []
-    if shorter >= MIN_BLOCKS:
-        remedies.append(f"set model.block_size to at most {shorter // MIN_BLOCKS}")
-    if total >= 2 * required:
-        percent = 100 * required / total
-        bound = (
-            f"at most {math.floor(100 - percent) / 100}" if val < required else f"at least {math.ceil(percent) / 100}"
-        )
-        remedies.append(f"set tokenize.train_fraction to {bound}")
-    return ", or ".join([*remedies, f"use a text of at least {math.ceil(total * required / shorter):,} tokens"])

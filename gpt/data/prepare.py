@@ -1,19 +1,20 @@
 """Tokenize a corpus: split it, train the tokenizer on the training split, and write the token folder."""
 
-import codecs
 import io
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from gpt.core.errors import UserError
 from gpt.core.files import atomic_write, prepare_output, read_json, sha256_file, write_json
 from gpt.core.params import Section
-from gpt.data.token_files import Meta, token_dtype
-from gpt.download.sources import LIMITS, Digest, Limits, Sources, fetch_first
+from gpt.data.token_files import Meta
+from gpt.download.sources import Digest, Sources, fetch_first
 from gpt.tokenizers import tokenizer_from_json
 from gpt.tokenizers.base import Kind, Tokenizer, format_characters
 from gpt.tokenizers.char import CharTokenizer
@@ -21,7 +22,7 @@ from gpt.tokenizers.subword import BpeTokenizer, WordPieceTokenizer
 from gpt.tokenizers.tiktoken import TiktokenTokenizer
 from gpt.tokenizers.word import WordTokenizer
 
-CHUNK_BYTES = 1 << 18
+CHUNK_CHARACTERS = 1 << 18
 
 # Up to the last single line feed between two characters that are no whitespace: no tokenizer has a token across it.
 UP_TO_LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
@@ -48,20 +49,17 @@ class Corpus:
 
     def train(self) -> Iterator[str]:
         """The training split in chunks that can be encoded independently."""
-        return _split_at_line_ends(_slice(_read_chunks(self.path), 0, self.train_characters))
+        return _split_at_line_ends(_read_chunks(self.path, 0, self.train_characters))
 
     def val(self) -> Iterator[str]:
         """The validation split, likewise."""
-        return _split_at_line_ends(_slice(_read_chunks(self.path), self.train_characters, self.characters))
+        return _split_at_line_ends(_read_chunks(self.path, self.train_characters, self.characters))
 
 
-def tokenize(*, params: TokenizeParams, corpus: Path, out: Path, limits: Limits = LIMITS) -> Meta:
+def tokenize(*, params: TokenizeParams, corpus: Path, out: Path) -> Meta:
     """Write `train.bin`, `val.bin`, `tokenizer.json` and `meta.json` into the folder `out`.
 
     The tokenizer is trained on the training split only. The text is read in chunks, once for each step that needs it.
-
-    Args:
-        limits: time-outs and retries of the download of the tiktoken ranks.
 
     Raises:
         UserError: the corpus is missing, empty, not UTF-8 or consists of one distinct character; its validation split
@@ -69,8 +67,8 @@ def tokenize(*, params: TokenizeParams, corpus: Path, out: Path, limits: Limits 
     """
     prepare_output(out / "meta.json")
     text = _open_corpus(corpus, params.train_fraction)
-    tokenizer = _make_tokenizer(params, text, limits)
-    dtype = token_dtype(tokenizer.vocab_size)
+    tokenizer = _load_tokenizer(Path(params.init_from)) if params.init_from else _train_tokenizer(params, text)
+    dtype: Literal["<u2", "<u4"] = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     meta = Meta(
         kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size,
@@ -100,13 +98,18 @@ def _open_corpus(path: Path, train_fraction: float) -> Corpus:
     return Corpus(path, characters, train_characters)
 
 
-def _make_tokenizer(params: TokenizeParams, corpus: Corpus, limits: Limits) -> Tokenizer:
-    """Load or train the tokenizer, and check that it can encode the validation split.
+def _load_tokenizer(path: Path) -> Tokenizer:
+    """Load the tokenizer of the checkpoint that training starts from; its `encode` reports unknown characters."""
+    if not path.is_file():
+        raise UserError(
+            f"tokenize.init_from: expected a tokenizer.json, found no file {path}; copy it from data/tokens, which "
+            "this stage overwrites, or set the key to null"
+        )
+    return tokenizer_from_json(read_json(path))
 
-    With `init_from` there is no such check: `encode` reports unknown characters.
-    """
-    if params.init_from:
-        return _load_tokenizer(Path(params.init_from))
+
+def _train_tokenizer(params: TokenizeParams, corpus: Corpus) -> Tokenizer:
+    """Train the tokenizer on the training split, and check that it can encode the validation split."""
     characters = CharTokenizer.from_chunks(corpus.train())
     if characters.vocab_size == 1:
         raise UserError(
@@ -117,9 +120,15 @@ def _make_tokenizer(params: TokenizeParams, corpus: Corpus, limits: Limits) -> T
         return BpeTokenizer.train(corpus.train(), params.vocab_size)
     if params.kind == "tiktoken":
         ranks = io.BytesIO()
-        fetch_first("tokenize.ranks", params.ranks, params.ranks_sha256, ranks, to="the ranks", limits=limits)
+        fetch_first("tokenize.ranks", params.ranks, params.ranks_sha256, ranks)
         return TiktokenTokenizer.from_tiktoken(ranks.getvalue())
-    _check_validation_split(corpus, characters, params.train_fraction)
+    if unknown := set(CharTokenizer.from_chunks(corpus.val()).vocabulary) - set(characters.vocabulary):
+        raise UserError(
+            f"{corpus.path}: expected only the {characters.vocab_size} characters of the training split in the "
+            f"validation split, found {format_characters(unknown)}; the model cannot be scored on characters it never "
+            f"saw: change tokenize.train_fraction (now {params.train_fraction}), set tokenize.kind to bpe, which "
+            "encodes any text, or remove them"
+        )
     if params.kind == "word":
         return WordTokenizer.train(corpus.train(), characters.vocabulary, params.vocab_size)
     if params.kind == "wordpiece":
@@ -127,61 +136,24 @@ def _make_tokenizer(params: TokenizeParams, corpus: Corpus, limits: Limits) -> T
     return characters
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of the checkpoint that training starts from."""
-    if not path.is_file():
-        raise UserError(
-            f"tokenize.init_from: expected a tokenizer.json, found no file {path}; copy it from data/tokens, which "
-            "this stage overwrites, or set the key to null"
-        )
-    return tokenizer_from_json(read_json(path))
-
-
-def _check_validation_split(corpus: Corpus, known: CharTokenizer, train_fraction: float) -> None:
-    """Raise a UserError if the validation split has characters that the training split does not have."""
-    unknown = set(CharTokenizer.from_chunks(corpus.val()).vocabulary) - set(known.vocabulary)
-    if unknown:
-        raise UserError(
-            f"{corpus.path}: expected only the {known.vocab_size} characters of the training split in the validation "
-            f"split, found {format_characters(unknown)}; the model cannot be scored on characters it never saw: "
-            f"change tokenize.train_fraction (now {train_fraction}), set tokenize.kind to bpe, which encodes any text, "
-            "or remove them"
-        )
-
-
-def _read_chunks(path: Path) -> Iterator[str]:
-    """Read a UTF-8 file in chunks, without newline conversion."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+def _read_chunks(path: Path, start: int = 0, end: int = sys.maxsize) -> Iterator[str]:
+    """Read the characters `start` to `end` (exclusive) of a UTF-8 file in chunks, without newline conversion."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: expected a text file, found: {error.strerror}; run the download stage") from None
-    with file:
-        while True:
-            data = file.read(CHUNK_BYTES)
-            pending = len(decoder.getstate()[0])
-            try:
-                yield decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                position = offset - pending + error.start
-                raise UserError(
-                    f"{path}: expected UTF-8, found {error.reason} at byte {position:,} "
-                    f"({error.object[error.start]:#04x}); convert it, for example with iconv -t utf-8"
-                ) from None
-            if not data:
-                return
-            offset += len(data)
-
-
-def _slice(chunks: Iterator[str], start: int, end: int) -> Iterator[str]:
-    """The characters `start` to `end` (exclusive) of a text in chunks."""
-    offset = 0
-    for chunk in chunks:
-        yield chunk[max(start - offset, 0) : max(end - offset, 0)]
-        offset += len(chunk)
-        if offset >= end:
-            return
+    position = 0
+    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        try:
+            while position < end and (chunk := text.read(CHUNK_CHARACTERS)):
+                yield chunk[max(start - position, 0) : end - position]
+                position += len(chunk)
+        except UnicodeDecodeError as error:
+            byte = file.tell() - len(error.object) + error.start  # in the file; error.start is in what was read
+            raise UserError(
+                f"{path}: expected UTF-8, found {error.reason} at byte {byte:,} ({error.object[error.start]:#04x}); "
+                "convert it, for example with iconv -t utf-8"
+            ) from None
 
 
 def _split_at_line_ends(chunks: Iterator[str]) -> Iterator[str]:

@@ -39,17 +39,8 @@ class TokenData:
     meta: Meta
 
 
-def token_dtype(vocab_size: int) -> Literal["<u2", "<u4"]:
-    """The smallest of the two types that holds every token ID."""
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
-
-
 def load_tokens(folder: Path) -> TokenData:
-    """Load a token folder; the splits are memory-mapped.
-
-    Raises:
-        UserError: a file is missing, invalid, or does not have the length in `meta.json`.
-    """
+    """Load a token folder; the splits are memory-mapped. A missing, truncated or invalid file is a UserError."""
     try:
         meta = Meta.model_validate(read_json(folder / "meta.json"))
     except ValidationError as error:

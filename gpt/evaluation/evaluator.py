@@ -1,12 +1,11 @@
 """Evaluate a checkpoint: loss and calibration on the whole validation split, and memorization of the training text."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import tee
+from itertools import chain, islice, tee
+from operator import itemgetter
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field
@@ -17,7 +16,7 @@ from gpt.data.token_files import TokenData
 from gpt.evaluation.calibration import calibration_error, calibration_table, predictions
 from gpt.evaluation.interpretability import ModelInspection, inspect_model
 from gpt.evaluation.memorization import WINDOW, Copies, find_copies
-from gpt.evaluation.ngram_baselines import bigram_loss, mean_by_position, uniform_loss, unigram_loss
+from gpt.evaluation.ngram_baselines import bigram_loss, loss_by_position, unigram_loss
 from gpt.generation.decoding import generate_tokens
 from gpt.generation.sampling import SamplingParams
 from gpt.model.checkpoint import Checkpoint
@@ -59,14 +58,14 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     precision = torch.bfloat16 if params.precision == "bfloat16" else torch.float32
     by_batch, probability, correct = predictions(model, windows, device, precision)
     nats = math.fsum(float(batch.sum()) for batch in by_batch)
-    means, counts = mean_by_position(by_batch)
+    bits = nats / math.log(2) / data.meta.val_characters
     calibration = calibration_table(probability, correct)
     samples = _generate(model, data.tokenizer, characters=params.sample_characters, seed=params.seed)
     real_texts = _validation_texts(data, count=SAMPLES, length=len(samples[0]))
     corpus = data.tokenizer.decode(data.train.tolist())
     copies, reference = find_copies(samples, corpus), find_copies(real_texts, corpus)
     metrics = {
-        "bits_per_char": nats / math.log(2) / data.meta.val_characters,
+        "bits_per_char": bits,
         "calibration_error": calibration_error(calibration),
         "longest_copy": len(copies.longest),
         "copied": copies.share,
@@ -74,9 +73,9 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     accuracy = f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['calibration_error']:.1%}"
     return Evaluation(
         metrics,
-        pd.DataFrame({"position": np.arange(1, len(means) + 1), "loss": means, "predictions": counts}),
+        loss_by_position(by_batch),
         calibration,
-        [_loss_summary(nats, data), accuracy, _memorization_summary(copies, reference)],
+        [_loss_summary(nats / len(data.val), bits, data), accuracy, _memorization_summary(copies, reference)],
     )
 
 
@@ -91,21 +90,9 @@ def _generate(model: LanguageModel, tokenizer: Tokenizer, *, characters: int, se
     length = -(-characters // SAMPLES)
     settings = SamplingParams(max_new_tokens=MAX_TOKENS_PER_CHARACTER * length, temperature=1.0)
     steps = generate_tokens(model, [[tokenizer.start_token]] * SAMPLES, settings, range(seed, seed + SAMPLES))
-    # Each copy of the iterator is consumed only until its text is long enough.
-    return [
-        _take(tokenizer.stream(tokens[index] for tokens in copy), length)
-        for index, copy in enumerate(tee(steps, SAMPLES))
-    ]
-
-
-def _take(chunks: Iterable[str], length: int) -> str:
-    """The first `length` characters of a text in chunks; no more chunks are consumed than necessary."""
-    text = ""
-    for chunk in chunks:
-        text += chunk
-        if len(text) >= length:
-            break
-    return text[:length]
+    streams = [tokenizer.stream(map(itemgetter(index), copy)) for index, copy in enumerate(tee(steps, SAMPLES))]
+    # Only as many tokens are generated as the longest-lasting text needs for its characters.
+    return ["".join(islice(chain.from_iterable(chunks), length)) for chunks in streams]
 
 
 def _validation_texts(data: TokenData, *, count: int, length: int) -> list[str]:
@@ -115,12 +102,12 @@ def _validation_texts(data: TokenData, *, count: int, length: int) -> list[str]:
     return [beginning[start : start + length] for start in range(0, len(beginning), length)]
 
 
-def _loss_summary(nats: float, data: TokenData) -> str:
-    loss, bits, size = nats / len(data.val), nats / math.log(2) / data.meta.val_characters, data.meta.vocab_size
+def _loss_summary(loss: float, bits: float, data: TokenData) -> str:
+    size = data.meta.vocab_size
     bigram, unigram = (baseline(data.train, data.val, size) for baseline in (bigram_loss, unigram_loss))
     return (
         f"loss {loss:.4f} nats per token, {bits:.3f} bits per character, perplexity {math.exp(loss):.2f}; baselines: "
-        f"bigram {bigram:.3f}, unigram {unigram:.3f}, uniform {uniform_loss(size):.3f} nats per token"
+        f"bigram {bigram:.3f}, unigram {unigram:.3f}, uniform {math.log(size):.3f} nats per token"
     )
 
 

@@ -4,6 +4,7 @@ Shapes: L layers of H heads; T tokens; C channels; V tokens of the vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt.model.attention import AttentionScores, SelfAttention, reference_attention
+from gpt.model import positions
+from gpt.model.attention import AttentionInputs, AttentionScores, SelfAttention, reference_attention
 from gpt.model.baselines import Average, Bigram
 from gpt.model.gpt import LanguageModel
-from gpt.model.positions import (
-    AlibiPositions,
-    LearnedPositions,
-    RelativePositions,
-    RotaryPositions,
-    SinusoidalPositions,
-)
 
 Numbers = np.ndarray[Any, np.dtype[np.float32]]
-Decode = Callable[[Iterable[int]], str]  # Tokenizer.decode
 
 MAX_EMBEDDINGS = 80  # of a larger vocabulary only the first ones are compared
 WHITESPACE_SYMBOLS = {" ": "␣", "\n": "↵", "\t": "⇥"}
@@ -76,9 +70,12 @@ class ModelInspection:
 
 
 @torch.inference_mode()
-def inspect_model(model: LanguageModel, tokens: Sequence[int], decode: Decode) -> ModelInspection:
+def inspect_model(
+    model: LanguageModel, tokens: Sequence[int], decode: Callable[[Iterable[int]], str]
+) -> ModelInspection:
     """Run a model in float32 on at most `block_size` tokens and record its attention scores."""
-    embeddings_VC = _embeddings(model)[:MAX_EMBEDDINGS]
+    table = "table" if isinstance(model, Bigram) else "token_embedding"
+    embeddings_VC = model.get_parameter(f"{table}.weight")[:MAX_EMBEDDINGS]
     return ModelInspection(
         kind=model.config.kind,
         tokens=tuple(printable_token(decode([token])) for token in tokens),
@@ -124,53 +121,33 @@ def _attention(model: LanguageModel, tokens: Sequence[int]) -> Attention | None:
         assert isinstance(layer, SelfAttention)
         layers.append(reference_attention(layer.attention_inputs(inputs[0]))[1])
 
-    hooks = [layer.register_forward_pre_hook(record) for layer in model.modules() if isinstance(layer, SelfAttention)]
-    try:
+    with ExitStack() as hooks:
+        for layer in model.modules():
+            if isinstance(layer, SelfAttention):
+                hooks.enter_context(layer.register_forward_pre_hook(record))
         model(torch.tensor([list(tokens)], device=model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     if isinstance(model, Average):
-        layers.append(_uniform_attention(len(tokens)))
-    if not layers:
-        return None
-    raw, masked, weights = (
-        _to_numpy(torch.cat([getattr(scores, name) for scores in layers])) for name in ("raw", "masked", "weights")
-    )
-    return Attention(raw, masked, weights)
-
-
-def _uniform_attention(length: int) -> AttentionScores:
-    """A running mean as attention: all scores are 0, so that softmax gives equal weights."""
-    raw_BHTT = torch.zeros(1, 1, length, length)
-    masked_BHTT = raw_BHTT.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
-    return AttentionScores(raw_BHTT, masked_BHTT, masked_BHTT.softmax(-1))
+        zeros_BHTD = torch.zeros(1, 1, len(tokens), 1)  # a running mean is attention with equal scores
+        layers.append(reference_attention(AttentionInputs(zeros_BHTD, zeros_BHTD, zeros_BHTD, bias=None, mask=None))[1])
+    return Attention(*(_to_numpy(torch.cat(scores)) for scores in zip(*layers, strict=True))) if layers else None
 
 
 def _positions(model: LanguageModel) -> Positions | None:
-    values = []
+    values = []  # those of every layer are equal, except the trained ones of the scheme relative
     for part in model.modules():
         match part:
-            case LearnedPositions():
+            case positions.LearnedPositions():
                 values.append(part.table.weight)
-            case SinusoidalPositions():
+            case positions.SinusoidalPositions():
                 values.append(torch.cat([part.table[:, 0::2], part.table[:, 1::2]], dim=1))
-            case RotaryPositions():
+            case positions.RotaryPositions():
                 values.append(part.rotations.real)
-            case RelativePositions():
+            case positions.RelativePositions():
                 values.append(part.table.weight.norm(dim=-1)[None])
-            case AlibiPositions():
+            case positions.AlibiPositions():
                 values.append(-part.slopes[:, 0] * torch.arange(model.config.block_size, device=model.device))
-    if not values:
-        return None
     scheme = model.config.position
-    return Positions(scheme, _to_numpy(torch.cat(values) if scheme == "relative" else values[0]))
-
-
-def _embeddings(model: LanguageModel) -> Tensor:
-    part = model.table if isinstance(model, Bigram) else model.get_submodule("token_embedding")
-    assert isinstance(part, nn.Embedding)
-    return part.weight
+    return Positions(scheme, _to_numpy(torch.cat(values if scheme == "relative" else values[:1]))) if values else None
 
 
 def _to_numpy(values: Tensor) -> Numbers:

@@ -2,7 +2,7 @@
 
 All windows of one length are compared at once, by prefix doubling (Karp, Miller and Rosenberg 1972): equal windows get
 equal IDs, and the IDs of windows of 2, 4, 8, … characters follow from those of half the length. Only windows of the
-generated texts get IDs; all others of the much longer corpus are `NONE` and drop out early.
+generated texts get IDs, from 1; all other windows of the much longer corpus get 0.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
+
+from gpt.tokenizers.base import Tokens
+from gpt.tokenizers.char import code_points
 
 WINDOW = 30  # characters; a longer match is rarely a coincidence
-NONE = -1  # ID of a corpus window that is in none of the texts; as a character: the border between two texts
+BORDER = -1  # stands between two texts; it is no character, so no copy continues across it
 
 Numbers = npt.NDArray[np.int64]
 
@@ -27,7 +31,8 @@ class Copies:
 
 def find_copies(texts: Sequence[str], corpus: str, window: int = WINDOW) -> Copies:
     """Search the corpus for substrings of the texts."""
-    characters = _character_windows(texts, corpus)
+    parts = [part for text in texts for part in (code_points(text), np.array([BORDER]))][:-1]
+    characters = _assign_ids(np.concatenate([np.empty(0, np.int64), *parts]), code_points(corpus), 1)
     windows = characters
     while windows.length < window:
         windows = windows.extend(min(2 * windows.length, window))
@@ -47,20 +52,17 @@ class _Windows:
         """The windows of another length, at most twice as long.
 
         A longer window is identified by the shorter ones at its start and at its end. Example: the windows of length 2
-        of the text `abcab` are ab, bc, ca, ab with the IDs 0, 1, 2, 0. From length 2 to 3 the shift is 1, so that
-        abc, bca, cab are the pairs (0, 1), (1, 2), (2, 0): as numbers 0·4 + 1, 1·4 + 2, 2·4 + 0, as IDs 0, 1, 2.
-        A corpus window whose pair does not occur in the text is NONE.
+        of the text `abcab` are ab, bc, ca, ab with the IDs 1, 2, 3, 1. From length 2 to 3 the shift is 1, so that
+        abc, bca, cab are the pairs (1, 2), (2, 3), (3, 1): as numbers 1·5 + 2, 2·5 + 3, 3·5 + 1, as IDs 1, 2, 3.
+        A pair with a 0 occurs in the corpus only, so that its ID is 0 again.
         """
-        shift, size = length - self.length, max(len(self.text), 1)
-        text = self.text[: max(len(self.text) - shift, 0)] * size + self.text[shift:]
-        first, last = self.corpus[: max(len(self.corpus) - shift, 0)], self.corpus[shift:]
-        return _assign_ids(text, np.where((first != NONE) & (last != NONE), first * size + last, NONE), length)
+        shift, base = length - self.length, len(self.text) + 1
+        text, corpus = (ids[:-shift] * base + ids[shift:] for ids in (self.text, self.corpus))
+        return _assign_ids(text, corpus, length)
 
     def copied(self) -> npt.NDArray[np.bool_]:
         """Whether the corpus contains each window of the texts."""
-        in_corpus = np.zeros(len(self.text) + 1, dtype=np.bool_)  # by ID; the last element is that of NONE
-        in_corpus[self.corpus] = True
-        return in_corpus[self.text]
+        return np.isin(self.text, self.corpus)
 
 
 def _longest_copy(text: str, windows: _Windows) -> str:
@@ -78,23 +80,7 @@ def _longest_copy(text: str, windows: _Windows) -> str:
     return text[start : start + longest.length]
 
 
-def _character_windows(texts: Sequence[str], corpus: str) -> _Windows:
-    """The windows of length 1. Between two texts stands NONE, which is no character: no copy continues across it."""
-    parts = [part for text in texts for part in (_code_points(text), np.array([NONE]))][:-1]
-    return _assign_ids(np.concatenate([np.empty(0, np.int64), *parts]), _code_points(corpus), 1)
-
-
-def _assign_ids(text: Numbers, corpus: Numbers, length: int) -> _Windows:
-    """Number the distinct values of the text from 0 and look up those of the corpus."""
-    values, text_ids = np.unique(text, return_inverse=True)
-    if not len(values):
-        return _Windows(text_ids, np.empty(0, np.int64), length)
-    corpus_ids = np.full(len(corpus), NONE)
-    known = np.flatnonzero(corpus != NONE)
-    ids = np.searchsorted(values, corpus[known]).clip(max=len(values) - 1)
-    corpus_ids[known] = np.where(values[ids] == corpus[known], ids, NONE)
-    return _Windows(text_ids, corpus_ids, length)
-
-
-def _code_points(text: str) -> Numbers:
-    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
+def _assign_ids(text: Numbers, corpus: Numbers | Tokens, length: int) -> _Windows:
+    """Number the distinct values of the text from 1; values of the corpus that are not in the text get 0."""
+    ids, values = pd.factorize(text)
+    return _Windows(ids + 1, pd.Index(values).get_indexer(pd.Index(corpus)) + 1, length)

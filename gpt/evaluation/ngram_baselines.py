@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from gpt.data.token_files import Split
-
-
-def uniform_loss(vocab_size: int) -> float:
-    """The loss in nats of a model that gives every token the same probability."""
-    return float(np.log(vocab_size))
 
 
 def unigram_loss(train: Split, val_targets: Split, vocab_size: int) -> float:
@@ -34,14 +30,15 @@ def bigram_loss(train: Split, val: Split, vocab_size: int) -> float:
     return float(-np.log((target_counts + 1) / (first_counts[targets // vocab_size] + vocab_size)).mean())
 
 
-def mean_by_position(losses_by_batch: Sequence[Tensor]) -> tuple[list[float], list[int]]:
-    """The mean loss at each position of the context, and the number of predictions there."""
+def loss_by_position(losses_by_batch: Sequence[Tensor]) -> pd.DataFrame:
+    """The mean loss at each `position` of the context, from 1, and the number of `predictions` there."""
     length = max(batch.shape[1] for batch in losses_by_batch)
     total, count = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.int64)
     for batch in losses_by_batch:
         total[: batch.shape[1]] += batch.sum(0)
         count[: batch.shape[1]] += batch.shape[0]
-    return (total / count).tolist(), count.tolist()
+    columns = {"position": np.arange(1, length + 1), "loss": (total / count).numpy(), "predictions": count.numpy()}
+    return pd.DataFrame(columns)
 
 
 def _bigrams(tokens: Split, vocab_size: int) -> np.ndarray[Any, np.dtype[np.int64]]:

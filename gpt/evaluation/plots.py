@@ -25,6 +25,7 @@ MIN_WIDTH = 7.2  # inches that the longest title needs
 MAX_LABEL = 6  # characters
 # This font is part of matplotlib: the same on every machine.
 LABEL_STYLE: dict[str, Any] = {"fontfamily": "DejaVu Sans Mono", "fontsize": 8, "parse_math": False}
+# Titles of the position schemes, and the labels of their channels or lines.
 TABLES = {
     "learned": ("vectors that are added to the token embeddings", "channel"),
     "sinusoidal": ("vectors that are added to the token embeddings", "channel: first all sines, then all cosines"),
@@ -54,8 +55,7 @@ def render_plots(inspection: "ModelInspection") -> Iterator[tuple[str, bytes]]:
     if inspection.attention:
         yield "attention.png", attention_maps(inspection.attention, inspection.tokens)
     if inspection.positions:
-        positions = inspection.positions
-        yield "positions.png", _position_table(positions) if positions.scheme in TABLES else _position_lines(positions)
+        yield "positions.png", position_values(inspection.positions)
     yield "embeddings.png", embedding_similarities(*inspection.embedding_similarities())
 
 
@@ -77,8 +77,7 @@ def attention_maps(attention: "Attention", tokens: Sequence[str]) -> bytes:
 
 def embedding_similarities(vocabulary: Sequence[str], cosines_VV: "Numbers") -> bytes:
     """The matrix of cosine similarities."""
-    title = "Cosine similarity of the token embeddings, clustered"
-    figure = _figure(title, len(vocabulary), len(vocabulary))
+    figure = _figure("Cosine similarity of the token embeddings, clustered", len(vocabulary), len(vocabulary))
     axes = figure.add_subplot()
     image = axes.imshow(cosines_VV, cmap="RdBu_r", vmin=-1, vmax=1)
     _label_cells(axes, vocabulary)
@@ -93,25 +92,22 @@ def png(figure: "Figure") -> bytes:
     return content.getvalue()
 
 
-def _position_table(positions: "Positions") -> bytes:
-    title, channels = TABLES[positions.scheme]
-    figure = _figure(f"Positions, {positions.scheme}: {title}", 50, 22)
-    axes = figure.add_subplot(xlabel="position", ylabel=channels)
-    bound = float(np.abs(positions.values).max()) or 1.0
-    image = axes.imshow(positions.values.T, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
-    figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
-    return png(figure)
-
-
-def _position_lines(positions: "Positions") -> bytes:
-    """One line by distance for each layer or head."""
-    title, name = LINES[positions.scheme]
-    figure = _figure(f"Positions, {positions.scheme}: {title}", 50, 22)
-    axes = figure.add_subplot(xlabel="distance from query to key in tokens")
-    for index, values in enumerate(positions.values):
-        axes.plot(values, label=f"{name} {index + 1}", linewidth=1.2)
-    axes.axhline(0, color="grey", linewidth=0.5)
-    figure.legend(loc="outside right center", frameon=False)
+def position_values(positions: "Positions") -> bytes:
+    """The values as a table of channels by position, or as one line by distance for each layer or head."""
+    scheme, values = positions.scheme, positions.values
+    title, label = (TABLES | LINES)[scheme]
+    figure = _figure(f"Positions, {scheme}: {title}", 50, 22)
+    if scheme in TABLES:
+        axes = figure.add_subplot(xlabel="position", ylabel=label)
+        bound = float(np.abs(values).max()) or 1.0
+        image = axes.imshow(values.T, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+        figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
+    else:
+        axes = figure.add_subplot(xlabel="distance from query to key in tokens")
+        for number, line in enumerate(values, start=1):
+            axes.plot(line, label=f"{label} {number}", linewidth=1.2)
+        axes.axhline(0, color="grey", linewidth=0.5)
+        figure.legend(loc="outside right center", frameon=False)
     return png(figure)
 
 

@@ -5,6 +5,7 @@ Shapes: B sequences, T query positions, S key positions, C channels in H heads o
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,7 @@ class AttentionInputs:
     mask: Tensor | None
 
 
-@dataclass(frozen=True)
-class AttentionScores:
+class AttentionScores(NamedTuple):
     """Attention scores (B, H, T, S) before the mask, after the mask, and after softmax."""
 
     raw: Tensor

@@ -1,10 +1,5 @@
 """Baselines that lead up to the GPT, and the choice among all models by `model.kind`.
 
-    bigram   a table: sees the last token only
-    average  mean of the embeddings of all tokens so far
-    head     a single head of self-attention
-    gpt      the full transformer
-
 All share training, evaluation, generation and the checkpoint format.
 """
 
@@ -19,7 +14,7 @@ from gpt.model.positions import make_position_embedding
 
 
 class Bigram(LanguageModel):
-    """A table with the logits of the next token for each token (Shannon 1948, section 3)."""
+    """A table with the logits of the next token for each last token (Shannon 1948, section 3)."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__(config, layers=0, heads=1)

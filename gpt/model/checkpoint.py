@@ -7,13 +7,16 @@ the trailer. The content is plain tensors and one canonical JSON string, and is 
 import hashlib
 import io
 import json
-import pickle
+import pickletools
+import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -26,8 +29,18 @@ from gpt.tokenizers import tokenizer_from_json
 from gpt.tokenizers.base import Tokenizer
 
 FORMAT = 1
-TRAILER = b"\nchargpt sha256 "
+TRAILER = b"\nchargpt sha256 "  # then 64 hexadecimal digits and a line feed
 TRAILER_LENGTH = len(TRAILER) + 64 + 1
+MAX_REASON, MAX_LISTED = 300, 5  # characters, and weights, in an error message
+PLAIN_TYPES = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Za-z0-9]+Storage")
+
+
+class _Origin(BaseModel):
+    """The part of `about` that others read."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    corpus_sha256: str
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,7 @@ class Checkpoint:
 
     def build(self) -> LanguageModel:
         """Construct the model with these weights, on the CPU and in evaluation mode."""
-        with _SkipWeightInit():
-            model = make_model(self.model, self.tokenizer.vocab_size)
+        model = _make_empty_model(self.model, self.tokenizer)
         model.load_state_dict(dict(self.weights))
         return model.eval()
 
@@ -60,32 +72,31 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint and validate every part of it.
 
     Raises:
-        UserError: the file is missing, damaged or of another format, or the weights do not match the configuration.
+        UserError: the file is missing, damaged or of another format, or its content is not valid.
     """
     metadata, tensors = read_tensors(path)
     try:
         config = ModelConfig.model_validate(metadata["model"])
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
-        weights, about = tensors["weights"], metadata["about"]
-        with _SkipWeightInit():
-            expected = make_model(config, tokenizer.vocab_size).state_dict()
-        difference = _difference(expected, weights)
+        weights, about = dict(tensors["weights"]), _Origin.model_validate(metadata["about"])
+        difference = _difference(_make_empty_model(config, tokenizer).state_dict(), weights)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UserError) as error:
         reason = "; ".join(str(error).splitlines())
         raise UserError(f"{path}: expected a trained model, found no valid {reason}; train again") from None
     if difference:
         raise UserError(f"{path}: weights do not match the model configuration in the file: {difference}; train again")
-    return Checkpoint(config, tokenizer, weights, about)
+    if unusable := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise UserError(f"{path}: expected finite weights, found NaN or infinite ones in {unusable[0]}; train again")
+    return Checkpoint(config, tokenizer, weights, about.model_dump())
 
 
 def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Write metadata and nested dicts of tensors atomically."""
     buffer = io.BytesIO()  # not a path: torch.save writes the stem of a path into the file
     torch.save({"format": FORMAT, "metadata": canonical_json(metadata), **tensors}, buffer)
-    content = buffer.getbuffer()
     with atomic_write(path) as file:
-        file.write(content)
-        file.write(TRAILER + hashlib.sha256(content).hexdigest().encode() + b"\n")
+        file.write(buffer.getbuffer())
+        file.write(TRAILER + hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,6 +105,48 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: the file is missing, of another format or damaged, or holds more than plain tensors.
     """
+    content = _verified_content(path)
+    try:
+        _check_archive(content)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of any type, if the file was made to cause it
+        reason = " ".join(str(error).split())[:MAX_REASON]
+        raise UserError(
+            f"{path}: expected plain tensors, found other objects, which were not loaded ({reason})"
+        ) from None
+    version = loaded.pop("format", None) if isinstance(loaded, dict) else None
+    if version != FORMAT:
+        raise UserError(f"{path}: expected a checkpoint of format {FORMAT}, found {version or 'none'}; train again")
+    try:
+        text = loaded.pop("metadata")
+        metadata = json.loads(text)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        metadata, text = None, ""
+    if not isinstance(metadata, dict) or canonical_json(metadata) != text:  # for example with duplicate keys
+        raise UserError(f"{path}: expected metadata as canonical JSON, found none; train again")
+    return metadata, loaded
+
+
+def _check_archive(content: bytes) -> None:
+    """Refuse what `torch.save` does not write and what could take much memory to load.
+
+    `weights_only=True` allows, for example, a `bytearray` of any length, and archives may be compressed.
+
+    Raises:
+        ValueError: the archive is larger than its file, or its pickle names other types than tensors.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > len(content) or any(m.compress_type for m in members):
+            raise ValueError("a compressed archive")
+        (pickled,) = (archive.read(member) for member in members if member.filename.endswith("/data.pkl"))
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not PLAIN_TYPES.fullmatch(str(argument)):
+            raise ValueError(f"the type {argument}")
+
+
+def _verified_content(path: Path) -> bytes:
+    """The bytes of a file without its trailer, if their SHA-256 is the one in the trailer."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -106,33 +159,26 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path}: expected a checkpoint that ends with its SHA-256, found {len(data):,} bytes without one; "
             "it is truncated or not a checkpoint of this project: train again or restore it with dvc checkout"
         )
-    stated, found = trailer[len(TRAILER) : -1].decode("ascii", "replace"), hashlib.sha256(content).hexdigest()
-    if stated != found or trailer[-1:] != b"\n":
+    stated, digest = trailer[len(TRAILER) :].decode("ascii", "replace"), hashlib.sha256(content).hexdigest()
+    if stated != f"{digest}\n":
         raise UserError(
-            f"{path}: expected SHA-256 {stated}, found {found}; the file is damaged: "
+            f"{path}: expected SHA-256 {stated[:64]}, found {digest}; the file is damaged: "
             "train again or restore it with dvc checkout"
         )
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: expected plain tensors, found other objects, which were not loaded ({reason})"
-        ) from None
-    version = loaded.pop("format", None) if isinstance(loaded, dict) else None
-    if version != FORMAT:
-        raise UserError(f"{path}: expected a checkpoint of format {FORMAT}, found {version or 'none'}; train again")
-    try:
-        return json.loads(loaded.pop("metadata")), loaded
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: expected metadata as JSON, found none; train again") from None
+    return content
+
+
+def _make_empty_model(config: ModelConfig, tokenizer: Tokenizer) -> LanguageModel:
+    """Construct a model whose weights have no values: their memory is never touched, whatever size the file claims.
+
+    (Torch's meta device would do as well, but imports torch's compiler, which takes a second.)
+    """
+    with _SkipWeightInit():
+        return make_model(config, tokenizer.vocab_size)
 
 
 class _SkipWeightInit(TorchFunctionMode):
-    """Skips the weight initialization of modules constructed in this context, so that their memory is never touched.
-
-    The file's configuration may claim any size. (Torch's meta device imports torch's compiler, which takes a second.)
-    """
+    """Skips the functions of `torch.nn.init`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -143,11 +189,21 @@ class _SkipWeightInit(TorchFunctionMode):
 
 
 def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The differences in names, shapes and types between two sets of weights; empty if there are none."""
-    lines = [f"{name} is missing" for name in expected if name not in found]
-    lines += [f"{name} is unknown" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        wanted, got = (f"{weight.dtype} {list(weight.shape)}" for weight in (expected[name], found[name]))
-        if wanted != got:
-            lines.append(f"{name}: expected {wanted}, found {got}")
-    return "; ".join(sorted(lines))
+    """The differences in names, types and shapes between two sets of weights; empty if there are none."""
+    wanted, got = ({name: _describe(weight) for name, weight in weights.items()} for weights in (expected, found))
+    names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+    more = f"; and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return (
+        "; ".join(
+            f"{name}: expected {wanted.get(name, 'none')}, found {got.get(name, 'none')}" for name in names[:MAX_LISTED]
+        )
+        + more
+    )
+
+
+def _describe(weight: Tensor) -> str:
+    """Type and shape, and what else must be the same for two tensors to be interchangeable."""
+    special = [
+        str(found) for found in (weight.layout, weight.device.type) if str(found) not in ("torch.strided", "cpu")
+    ]
+    return " ".join([str(weight.dtype), str(list(weight.shape)), *special])

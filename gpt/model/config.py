@@ -6,19 +6,21 @@ from pydantic import Field, model_validator
 
 from gpt.core.params import Section
 
+MAX_SIZE = 1 << 16  # of a dimension; larger tables and caches would not fit into memory
+
 
 class ModelConfig(Section):
     """The section `model`; the baselines ignore the keys that do not apply to them."""
 
     kind: Literal["bigram", "average", "head", "gpt"]
-    n_layer: int = Field(ge=1)
-    n_head: int = Field(ge=1)
-    n_embd: int = Field(ge=1)
-    block_size: int = Field(ge=1)
+    n_layer: int = Field(ge=1, le=1000)
+    n_head: int = Field(ge=1, le=MAX_SIZE)
+    n_embd: int = Field(ge=1, le=MAX_SIZE)
+    block_size: int = Field(ge=1, le=MAX_SIZE)
     position: Literal["learned", "sinusoidal", "relative", "rotary", "alibi", "none"]
     ngram: int = Field(ge=1, le=6)
-    ngram_rows: int = Field(ge=1)
-    ngram_width: int = Field(ge=1)
+    ngram_rows: int = Field(ge=1, le=1 << 31)
+    ngram_width: int = Field(ge=1, le=MAX_SIZE)
     norm: Literal["layer", "rms"]
     qk_norm: bool
     activation: Literal["relu", "gelu", "relu2", "swiglu"]

@@ -190,9 +190,8 @@ class GPT(LanguageModel):
         if self.ngram_embeddings is not None:
             context_BT = cache.append_tokens(tokens_BT, self.config.ngram - 1) if cache else tokens_BT
             ngrams_BTC = self.ngram_embeddings(context_BT)[:, -length:]
-            x_BTC = self.embedding_norm(
-                x_BTC + ngrams_BTC, x_BTC.shape[-1:]
-            )  # same scale for rare and frequent n-grams
+            # The norm gives rare and frequent n-grams the same scale.
+            x_BTC = self.embedding_norm(x_BTC + ngrams_BTC, x_BTC.shape[-1:])
         if self.positions is not None:
             x_BTC = self.positions(x_BTC, cache.positions(length) if cache else None)
         x_BTC = self.dropout(x_BTC)

@@ -2,6 +2,7 @@
 
 Positions are counted from 0. They are passed as (B, T) where the sequences of a batch are at different positions, and
 as None where every sequence starts at 0. Shapes: T queries, S keys, C channels in H heads of D channels, E = D / 2.
+What each scheme costs, and what it does past `block_size`: docs/model.md.
 """
 
 import torch
@@ -14,10 +15,7 @@ REACH = 32  # distances from here on share one vector; the paper found no gain a
 
 
 class LearnedPositions(nn.Module):
-    """A trained vector for each position, added to the embedding (Vaswani et al. 2017, section 3.5; GPT-2).
-
-    Costs T · C weights. There is no vector past `block_size`.
-    """
+    """A trained vector for each position, added to the embedding (Vaswani et al. 2017, section 3.5; GPT-2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,10 +27,7 @@ class LearnedPositions(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """Sines and cosines of increasing wavelengths, added to the embedding (Vaswani et al. 2017, section 3.5).
-
-    Has no weights and is defined for any position, but positions past `block_size` do not occur in training.
-    """
+    """Sines and cosines of increasing wavelengths, added to the embedding (Vaswani et al. 2017, section 3.5)."""
 
     table: Tensor  # (T, C)
 
@@ -51,8 +46,7 @@ class SinusoidalPositions(nn.Module):
 class RotaryPositions(nn.Module):
     """Rotates queries and keys by angles proportional to their position (RoPE; Su et al. 2021, section 3.2).
 
-    The score then depends on the distance between query and key only. Has no weights. Distances past `block_size` do
-    not occur in training, so quality degrades there.
+    The score then depends on the distance between query and key only.
     """
 
     rotations: Tensor  # (T, E), complex
@@ -76,8 +70,8 @@ class RotaryPositions(nn.Module):
 class RelativePositions(nn.Module):
     """A trained vector for each distance, added to the key (Shaw et al. 2018, section 3.2).
 
-    Computed as a bias of the scores: q · (k + r) = q · k + q · r. All heads share the vectors. Costs a product of each
-    query with all of them; distances of at least `REACH` share one, so any length is possible.
+    Computed as a bias of the scores: q · (k + r) = q · k + q · r. All heads share the vectors, and all distances of at
+    least `REACH` share one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -93,10 +87,7 @@ class RelativePositions(nn.Module):
 
 
 class AlibiPositions(nn.Module):
-    """A penalty on the scores, linear in the distance, with a slope for each head (Press et al. 2022, section 3).
-
-    Has no weights. Made for contexts longer than those of training.
-    """
+    """A penalty on the scores, linear in the distance, with a slope for each head (Press et al. 2022, section 3)."""
 
     slopes: Tensor  # (H, 1, 1)
 

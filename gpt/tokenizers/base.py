@@ -4,7 +4,9 @@ import codecs
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self, TypeGuard
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,28 +21,29 @@ MAX_LISTED = 20  # characters in an error message
 SURROGATE = re.compile("[\ud800-\udfff]")  # code points that UTF-8 cannot encode
 
 
+@dataclass(frozen=True)
 class Tokenizer(ABC):
-    """Converts text to token IDs and back. Two tokenizers are equal if they have the same kind and vocabulary."""
+    """Converts text to token IDs and back.
+
+    A subclass is a dataclass whose fields are its vocabulary and the content of `tokenizer.json`: an alphabet (a string
+    of distinct characters in sorted order) or a list of distinct tokens each. Equal fields make equal tokenizers.
+    """
 
     kind: ClassVar[Kind]
+    expected: ClassVar[str]  # what the fields have to be, for an error message
 
-    @property
-    @abstractmethod
+    @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
         """The UTF-8 bytes of each token, indexed by token ID; tokens of byte-level kinds may split a character."""
-
-    @abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of `tokenizer.json`: the kind and the vocabulary."""
-
-    @classmethod
-    @abstractmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Create a tokenizer from the result of `to_json`; an invalid value raises a UserError."""
+        return tuple(token.encode() for field in fields(self) for token in getattr(self, field.name))
 
     @abstractmethod
     def _encode(self, text: str) -> Iterable[int]:
         """Encode text whose characters are all in the alphabet."""
+
+    def _is_valid(self) -> bool:
+        """Whether the fields, each valid by itself, fit together."""
+        return True
 
     @property
     def alphabet(self) -> str | None:
@@ -88,6 +91,29 @@ class Tokenizer(ABC):
         if text := decoder.decode(b"", final=True):
             yield text
 
+    def to_json(self) -> dict[str, Any]:
+        """The content of `tokenizer.json`: the kind and the vocabulary."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {"kind": self.kind, **{name: value if isinstance(value, str) else list(value) for name, value in values}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Create a tokenizer from the result of `to_json`.
+
+        Raises:
+            UserError: the value is not a valid tokenizer of this kind.
+        """
+        found: dict[str, Any] = {field.name: value.get(field.name) for field in fields(cls)}
+        if value.keys() - {"kind"} == found.keys() and all(
+            _is_vocabulary(found[field.name], field.type) for field in fields(cls)
+        ):
+            tokenizer = cls(**{name: one if isinstance(one, str) else tuple(one) for name, one in found.items()})
+            if tokenizer._is_valid():
+                return tokenizer
+        raise UserError(
+            f"tokenizer: expected kind {cls.kind!r} with {cls.expected}, found something else; tokenize again"
+        )
+
 
 def format_characters(characters: Iterable[str]) -> str:
     """List characters for an error message: sorted, escaped, at most `MAX_LISTED`."""
@@ -104,20 +130,12 @@ def check_vocab_size(vocab_size: int, minimum: int, reason: str) -> None:
         )
 
 
-def invalid_tokenizer(kind: str, expected: str) -> UserError:
-    """The error for an invalid `tokenizer.json`."""
-    return UserError(f"tokenizer: expected kind {kind!r} with {expected}, found something else; tokenize again")
+def _is_vocabulary(value: Any, field_type: object) -> bool:
+    """Whether a JSON value is an alphabet, for a field of type `str`, or else a list of distinct tokens."""
+    if field_type is str:
+        return _is_token(value) and list(value) == sorted(set(value))
+    return isinstance(value, list) and all(map(_is_token, value)) and len(set(value)) == len(value)
 
 
-def is_alphabet(value: object) -> TypeGuard[str]:
-    """Whether a JSON value is a string of distinct characters in sorted order."""
-    return isinstance(value, str) and value != "" and list(value) == sorted(set(value)) and not SURROGATE.search(value)
-
-
-def is_token_list(value: object) -> TypeGuard[list[str]]:
-    """Whether a JSON value is a list of distinct strings, none of them empty."""
-    return (
-        isinstance(value, list)
-        and all(isinstance(token, str) and token and not SURROGATE.search(token) for token in value)
-        and len(set(value)) == len(value)
-    )
+def _is_token(value: object) -> bool:
+    return isinstance(value, str) and value != "" and not SURROGATE.search(value)

@@ -1,13 +1,12 @@
 """Character tokenizer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 
-from gpt.tokenizers.base import Kind, Tokenizer, Tokens, invalid_tokenizer, is_alphabet
+from gpt.tokenizers.base import Kind, Tokenizer, Tokens
 
 
 @dataclass(frozen=True)
@@ -17,40 +16,22 @@ class CharTokenizer(Tokenizer):
     vocabulary: str
 
     kind: ClassVar[Kind] = "char"
+    expected: ClassVar[str] = "a vocabulary of distinct characters in sorted order"
 
     @classmethod
     def from_chunks(cls, chunks: Iterable[str]) -> Self:
         """Create the tokenizer with the characters of a text that is given in chunks."""
-        characters = set[str]()
-        for chunk in chunks:
-            characters.update(chunk)
-        return cls("".join(sorted(characters)))
+        return cls("".join(sorted({character for chunk in chunks for character in set(chunk)})))
 
     @property
     def alphabet(self) -> str:
         """The vocabulary."""
         return self.vocabulary
 
-    @cached_property
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """The UTF-8 bytes of each character."""
-        return tuple(character.encode() for character in self.vocabulary)
-
     def _encode(self, text: str) -> Tokens:
-        return np.searchsorted(_code_points(self.vocabulary), _code_points(text)).astype(np.uint32)
-
-    def to_json(self) -> dict[str, Any]:
-        """The vocabulary as one string."""
-        return {"kind": self.kind, "vocabulary": self.vocabulary}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that the characters are distinct and sorted."""
-        vocabulary = value.get("vocabulary")
-        if not is_alphabet(vocabulary):
-            raise invalid_tokenizer(cls.kind, "a vocabulary of distinct characters in sorted order")
-        return cls(vocabulary)
+        return np.searchsorted(code_points(self.vocabulary), code_points(text)).astype(np.uint32)
 
 
-def _code_points(text: str) -> Tokens:
+def code_points(text: str) -> Tokens:
+    """The Unicode code point of each character."""
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")

@@ -4,12 +4,12 @@ The library is imported only to train and to encode; decoding does not need it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from gpt.tokenizers.base import MIN_FREQUENCY, Kind, Tokenizer, check_vocab_size, invalid_tokenizer, is_token_list
+from gpt.tokenizers.base import MIN_FREQUENCY, Kind, Tokenizer, check_vocab_size
 
 if TYPE_CHECKING:
     import tokenizers
@@ -55,6 +55,7 @@ class BpeTokenizer(Tokenizer):
     merges: tuple[str, ...]
 
     kind: ClassVar[Kind] = "bpe"
+    expected: ClassVar[str] = "a list of distinct merges of bytes and earlier merges"
 
     @classmethod
     def train(cls, chunks: Iterable[str], vocab_size: int) -> Self:
@@ -66,12 +67,10 @@ class BpeTokenizer(Tokenizer):
         from tokenizers import models, trainers  # noqa: PLC0415
 
         check_vocab_size(vocab_size, BYTES, "one token for each byte")
-        engine = _byte_level_engine(models.BPE())
+        engine = _make_engine(models.BPE())
+        alphabet = list(CHARACTER_TO_BYTE)
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=MIN_FREQUENCY,
-            initial_alphabet=list(BYTE_TO_CHARACTER.values()),
-            show_progress=False,
+            vocab_size=vocab_size, min_frequency=MIN_FREQUENCY, initial_alphabet=alphabet, show_progress=False
         )
         engine.train_from_iterator(chunks, trainer)
         return cls(tuple(" ".join(pair) for pair in json.loads(engine.to_str())["model"]["merges"]))
@@ -84,22 +83,13 @@ class BpeTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._engine.encode(text, add_special_tokens=False).ids
 
-    def to_json(self) -> dict[str, Any]:
-        """The merges in order."""
-        return {"kind": self.kind, "merges": list(self.merges)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that each merge joins two tokens that exist before it."""
-        merges, known = value.get("merges"), set(CHARACTER_TO_BYTE)
-        if not is_token_list(merges):
-            raise invalid_tokenizer(cls.kind, "a list of distinct merges")
-        for merge in merges:
-            left, _, right = merge.partition(" ")
+    def _is_valid(self) -> bool:
+        known = set(CHARACTER_TO_BYTE)
+        for left, _, right in (merge.partition(" ") for merge in self.merges):
             if not {left, right} <= known:
-                raise invalid_tokenizer(cls.kind, "merges of bytes and earlier merges")
+                return False
             known.add(left + right)
-        return cls(tuple(merges))
+        return True
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -112,7 +102,7 @@ class BpeTokenizer(Tokenizer):
         from tokenizers import models  # noqa: PLC0415
 
         pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in self.merges)]
-        return _byte_level_engine(models.BPE(vocab=self._ids, merges=pairs))
+        return _make_engine(models.BPE(vocab=self._ids, merges=pairs))
 
 
 @dataclass(frozen=True)
@@ -127,6 +117,7 @@ class WordPieceTokenizer(Tokenizer):
     continuations: tuple[str, ...]
 
     kind: ClassVar[Kind] = "wordpiece"
+    expected: ClassVar[str] = "distinct beginnings and continuations, every character as both"
 
     @classmethod
     def train(cls, chunks: Iterable[str], alphabet: str, vocab_size: int) -> Self:
@@ -139,7 +130,7 @@ class WordPieceTokenizer(Tokenizer):
 
         check_vocab_size(vocab_size, 2 * len(alphabet), "two tokens for each character of the training text")
         prefix = _continuation_prefix(alphabet)
-        engine = _wordpiece_engine(models.WordPiece(vocab={}, unk_token=prefix))
+        engine = _make_engine(models.WordPiece(vocab={}, unk_token=prefix))
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=MIN_FREQUENCY,
@@ -160,27 +151,12 @@ class WordPieceTokenizer(Tokenizer):
         """The beginnings of one character."""
         return "".join(sorted(token for token in self.beginnings if len(token) == 1))
 
-    @cached_property
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """The UTF-8 bytes of beginnings and continuations."""
-        return tuple(token.encode() for token in (*self.beginnings, *self.continuations))
-
     def _encode(self, text: str) -> list[int]:
         return self._engine.encode(text, add_special_tokens=False).ids
 
-    def to_json(self) -> dict[str, Any]:
-        """Both lists."""
-        return {"kind": self.kind, "beginnings": list(self.beginnings), "continuations": list(self.continuations)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that every character of the tokens is both a beginning and a continuation."""
-        beginnings, continuations = value.get("beginnings"), value.get("continuations")
-        if not (beginnings and is_token_list(beginnings) and is_token_list(continuations)):
-            raise invalid_tokenizer(cls.kind, "distinct beginnings and distinct continuations")
-        if not set("".join([*beginnings, *continuations])) <= set(beginnings) & set(continuations):
-            raise invalid_tokenizer(cls.kind, "every character as a beginning and as a continuation")
-        return cls(tuple(beginnings), tuple(continuations))
+    def _is_valid(self) -> bool:
+        characters = set("".join([*self.beginnings, *self.continuations]))
+        return bool(characters) and characters <= set(self.beginnings) & set(self.continuations)
 
     @cached_property
     def _engine(self) -> "tokenizers.Tokenizer":
@@ -194,7 +170,7 @@ class WordPieceTokenizer(Tokenizer):
             max_input_chars_per_word=MAX_PRE_TOKEN,
             continuing_subword_prefix=prefix,
         )
-        return _wordpiece_engine(model)
+        return _make_engine(model)
 
 
 def _continuation_prefix(alphabet: str) -> str:
@@ -202,17 +178,13 @@ def _continuation_prefix(alphabet: str) -> str:
     return next(character for character in map(chr, range(0xE000, 0x110000)) if character not in alphabet)
 
 
-def _byte_level_engine(model: "tokenizers.models.BPE") -> "tokenizers.Tokenizer":
-    import tokenizers  # noqa: PLC0415
+def _make_engine(model: "tokenizers.models.Model") -> "tokenizers.Tokenizer":
+    """The library's tokenizer, with the pre-tokenization of the model."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # noqa: PLC0415
 
-    engine = tokenizers.Tokenizer(model)
-    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return engine
-
-
-def _wordpiece_engine(model: "tokenizers.models.WordPiece") -> "tokenizers.Tokenizer":
-    import tokenizers  # noqa: PLC0415
-
-    engine = tokenizers.Tokenizer(model)
-    engine.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDPIECE_PATTERN), "isolated")
+    engine = Tokenizer(model)
+    if isinstance(model, models.BPE):
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        engine.pre_tokenizer = pre_tokenizers.Split(Regex(WORDPIECE_PATTERN), "isolated")
     return engine

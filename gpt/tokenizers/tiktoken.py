@@ -1,13 +1,12 @@
 """GPT-2's pretrained tokenizer. The library `tiktoken` is imported only to encode; decoding does not need it."""
 
 import base64
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from gpt.core.errors import UserError
-from gpt.tokenizers.base import Kind, Tokenizer, invalid_tokenizer, is_token_list
+from gpt.tokenizers.base import Kind, Tokenizer
 from gpt.tokenizers.subword import CHARACTER_TO_BYTE, bytes_to_text, text_to_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ class TiktokenTokenizer(Tokenizer):
     ranks: tuple[str, ...]
 
     kind: ClassVar[Kind] = "tiktoken"
+    expected: ClassVar[str] = "distinct sequences of bytes, all 256 single bytes among them"
 
     @classmethod
     def from_tiktoken(cls, content: bytes) -> Self:
@@ -55,17 +55,8 @@ class TiktokenTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._engine.encode_ordinary(text)
 
-    def to_json(self) -> dict[str, Any]:
-        """The tokens in the order of their IDs."""
-        return {"kind": self.kind, "ranks": list(self.ranks)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that the tokens are distinct and include every single byte."""
-        ranks, single = value.get("ranks"), set(CHARACTER_TO_BYTE)
-        if not (is_token_list(ranks) and single <= set(ranks) and set("".join(ranks)) <= single):
-            raise invalid_tokenizer(cls.kind, "distinct sequences of bytes, all 256 single bytes among them")
-        return cls(tuple(ranks))
+    def _is_valid(self) -> bool:
+        return set(CHARACTER_TO_BYTE) <= set(self.ranks) and set("".join(self.ranks)) <= set(CHARACTER_TO_BYTE)
 
     @cached_property
     def _engine(self) -> "tiktoken.Encoding":

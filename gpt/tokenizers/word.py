@@ -2,20 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-from gpt.tokenizers.base import (
-    MIN_FREQUENCY,
-    Kind,
-    Tokenizer,
-    check_vocab_size,
-    invalid_tokenizer,
-    is_alphabet,
-    is_token_list,
-)
+from gpt.tokenizers.base import MIN_FREQUENCY, Kind, Tokenizer, check_vocab_size
 
 WORD = re.compile(r"\w+|\W")  # a word, or one other character: space, line feed, punctuation mark
 
@@ -31,6 +22,7 @@ class WordTokenizer(Tokenizer):
     words: tuple[str, ...]
 
     kind: ClassVar[Kind] = "word"
+    expected: ClassVar[str] = "characters in sorted order and distinct words that consist of them"
 
     @classmethod
     def train(cls, chunks: Iterable[str], alphabet: str, vocab_size: int) -> Self:
@@ -49,25 +41,9 @@ class WordTokenizer(Tokenizer):
         """The characters that are tokens."""
         return self.characters
 
-    @cached_property
-    def token_bytes(self) -> tuple[bytes, ...]:
-        """The UTF-8 bytes of characters and words."""
-        return tuple(token.encode() for token in (*self.characters, *self.words))
-
     def _encode(self, text: str) -> list[int]:
         ids = {token: number for number, token in enumerate((*self.characters, *self.words))}
         return [ids[token] for word in WORD.findall(text) for token in ([word] if word in ids else word)]
 
-    def to_json(self) -> dict[str, Any]:
-        """The characters as one string, and the list of words."""
-        return {"kind": self.kind, "characters": self.characters, "words": list(self.words)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Check that all tokens are distinct and that the words consist of the characters."""
-        characters, words = value.get("characters"), value.get("words")
-        if not (is_alphabet(characters) and isinstance(words, list) and is_token_list([*characters, *words])):
-            raise invalid_tokenizer(cls.kind, "characters in sorted order and distinct words")
-        if not set("".join(words)) <= set(characters):
-            raise invalid_tokenizer(cls.kind, "words that consist of its characters")
-        return cls(characters, tuple(words))
+    def _is_valid(self) -> bool:
+        return set("".join(self.words)) <= set(self.characters) and not set(self.words) & set(self.characters)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpt.commands.check_params import check_params
+from gpt.commands.check_params import command as check_params
 from gpt.core.errors import UserError
 from gpt.core.params import read_section
 from gpt.training.trainer import TrainParams
@@ -18,7 +18,7 @@ PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
 def test_every_preset_is_valid(path: Path) -> None:
-    assert len(check_params(path)) == 7
+    check_params(path)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
@@ -45,9 +45,9 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"generate__prompts": []}, ["generate.prompts", "at least 1"]),
     ({"tokenize__train_fraction": 1.0}, ["tokenize.train_fraction", "less than 1"]),
     ({"tokenize__kind": "morse"}, ["tokenize.kind", "'char', 'word', 'bpe', 'wordpiece' or 'tiktoken'", "morse"]),
-    ({"tokenize__ranks": []}, ["tokenize.ranks", "at least one source", "an empty list"]),
+    ({"tokenize__ranks": []}, ["tokenize.ranks", "at least 1 item", "[]"]),
     ({"tokenize__ranks_sha256": None}, ["tokenize.ranks_sha256", "valid string", "null"]),
-    ({"tokenize__ranks_sha256": "306c"}, ["tokenize.ranks_sha256", "64 hexadecimal digits", "'306c'"]),
+    ({"tokenize__ranks_sha256": "306c"}, ["tokenize.ranks_sha256", "{64}", "'306c'"]),
 ]
 
 
@@ -61,50 +61,42 @@ def test_the_error_names_key_and_value(tmp_path: Path, changes: dict[str, object
         assert part in str(error.value)
 
 
-TEXTS = {
-    "duplicate key": ("train:\n  seed: 1\n  seed: 2\n", ["seed", "line 3"]),
-    "invalid YAML": ("train: [1,\n", ["expected YAML", "line"]),
-    "a list": ("- 1\n", ["expected a mapping of sections", "[1]"]),
-    "empty": ("", ["expected a mapping of sections", "null"]),
-    "section is a number": ("train: 3\n", ["train", "expected a section", "3"]),
-    "no section": ("trian: {}\n", ["train", "missing", "did you mean 'trian'?"]),
-}
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_an_invalid_file_is_refused(tmp_path: Path, name: str) -> None:
-    text, expected = TEXTS[name]
-    (tmp_path / "params.yaml").write_text(text)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"train:\n  seed: 1\n  seed: 2\n", ["duplicate", "seed", "line 3"]),
+        (b"train: [1,\n", ["expected YAML", "line"]),
+        (b"train: \xff\n", ["expected UTF-8", "byte 7"]),
+        (b"- 1\n", ["mapping of sections", "[1]"]),
+        (b"", ["mapping of sections", "null"]),
+        (b"train: 3\n", ["train", "expected a section", "3"]),
+        (b"trian: {}\n", ["train", "missing", "did you mean 'trian'?"]),
+    ],
+)
+def test_an_invalid_file_is_refused(tmp_path: Path, text: bytes, expected: list[str]) -> None:
+    (tmp_path / "params.yaml").write_bytes(text)
     with pytest.raises(UserError) as error:
         read_section(tmp_path / "params.yaml", "train", TrainParams)
     for part in expected:
         assert part in str(error.value)
 
 
-def test_a_missing_key_is_an_error_even_if_it_has_a_default(tmp_path: Path) -> None:
+def test_a_missing_key_is_an_error_even_if_it_has_a_default_and_so_is_an_unknown_section(tmp_path: Path) -> None:
     path = write_params(tmp_path / "params.yaml")
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if "temperature" not in line))
-    with pytest.raises(UserError, match=r"generate\.temperature: this key is missing"):
+    text = path.read_text()
+    path.write_text("".join(line for line in text.splitlines(True) if "temperature" not in line))
+    with pytest.raises(UserError, match=r"generate\.temperature: .* missing"):
         check_params(path)
-
-
-def test_an_unknown_section_is_an_error(tmp_path: Path) -> None:
-    path = write_params(tmp_path / "params.yaml")
-    path.write_text(path.read_text() + "evalute: {}\n")
+    path.write_text(f"{text}evalute: {{}}\n")
     with pytest.raises(UserError, match="evalute: unknown section; did you mean 'evaluate'"):
         check_params(path)
 
 
-def test_yaml_1_2_numbers_as_in_dvc(tmp_path: Path) -> None:
-    path = write_params(tmp_path / "params.yaml")
-    path.write_text(path.read_text().replace("learning_rate: 0.01", "learning_rate: 1e-2"))
-    assert read_section(path, "train", TrainParams).learning_rate == 0.01
-
-
 def test_set_overrides_the_file(tmp_path: Path) -> None:
+    """Numbers are those of YAML 1.2, as in dvc."""
     path = write_params(tmp_path / "params.yaml")
-    changed = read_section(path, "train", TrainParams, ["train.max_steps=7", "model.n_layer=9"])
-    assert changed.max_steps == 7
+    changed = read_section(path, "train", TrainParams, ["train.max_steps=7", "model.n_layer=9", "train.grad_clip=1e-2"])
+    assert (changed.max_steps, changed.grad_clip) == (7, 0.01)
     for wrong in ("train.max_step=7", "trains.max_steps=7", "max_steps=7", "train.max_steps"):
         with pytest.raises(UserError, match="--set"):
             read_section(path, "train", TrainParams, [wrong])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpt.core.errors import UserError
-from gpt.data.prepare import CHUNK_BYTES, tokenize
+from gpt.data.prepare import CHUNK_CHARACTERS, tokenize
 from gpt.data.token_files import load_tokens
 from gpt.tokenizers import TOKENIZERS
 from gpt.tokenizers.subword import BpeTokenizer
@@ -41,7 +41,7 @@ def test_tokens_of_a_corpus_equal_those_of_its_splits_encoded_at_once(tmp_path: 
     # Line ends of several kinds: some can be part of a token with their neighbours, most cannot.
     for old, new in {"\n": "\n\n", "dog\n\n": "dog\n", "fox\n\n": "fox\n\n\n", "jumps ": "jumps  \n naïve "}.items():
         text = text.replace(old, new)
-    assert len(text.encode()) > 1.1 * CHUNK_BYTES
+    assert len(text) > 1.1 * CHUNK_CHARACTERS
     data = load_tokens(tokenized(tmp_path, text, kind=kind, vocab_size=600))
     middle = int(len(text) * 0.9)
     assert (data.meta.train_characters, data.meta.val_characters) == (middle, len(text) - middle)
@@ -69,56 +69,43 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     assert peaks[1] < 1.1 * peaks[0]
 
 
-TOKENIZE = """\
-import sys
-from pathlib import Path
-from gpt.core.params import read_section
-from gpt.data.prepare import TokenizeParams, tokenize
-for kind in ("word", "bpe", "wordpiece"):
-    params = read_section(Path("params.yaml"), "tokenize", TokenizeParams, [f"tokenize.kind={kind}"])
-    tokenize(params=params, corpus=Path("text.txt"), out=Path(sys.argv[1]) / kind)
-"""
-
-
 def test_files_do_not_depend_on_threads_or_hash_seed(tmp_path: Path) -> None:
     """In a text with many equally frequent pairs, so that ties have to be broken in a fixed order."""
     generator = np.random.default_rng(0)
     letters = list("abcdefghijklmnopqrstuvwxyzéèü")
     words = ["".join(generator.choice(letters, size)) for size in generator.integers(2, 9, 2000)]
-    (tmp_path / "text.txt").write_text("\n".join(" ".join(generator.choice(words, 9)) for _ in range(3000)))
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(generator.choice(words, 9)) for _ in range(1000)))
     write_params(tmp_path / "params.yaml", tokenize__vocab_size=330)
-    environments: list[dict[str, str]] = [
-        {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "1"},
-        {"RAYON_NUM_THREADS": "5", "PYTHONHASHSEED": "2"},
-    ]
+    one = environment(TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="1")
+    five = environment(RAYON_NUM_THREADS="5", PYTHONHASHSEED="2")
+    line = [sys.executable, "-m", "gpt", "tokenize", "--params", "params.yaml", "--corpus", "text.txt"]
     running = [
-        subprocess.Popen([sys.executable, "-c", TOKENIZE, str(number)], cwd=tmp_path, env=environment(**each))
-        for number, each in enumerate(environments)
+        subprocess.Popen([*line, "-S", f"tokenize.kind={kind}", "--out", f"{name}/{kind}"], cwd=tmp_path, env=env)
+        for kind in ("word", "bpe", "wordpiece")
+        for name, env in (("one", one), ("five", five))
     ]
-    assert [process.wait(100) for process in running] == [0, 0]
-    files = [path.relative_to(tmp_path / "0") for path in (tmp_path / "0").rglob("*.*")]
+    assert [process.wait(100) for process in running] == [0] * 6
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")]
     assert len(files) == 3 * 4
     for file in files:
-        assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes(), file
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "five" / file).read_bytes(), file
 
 
 # -- texts and parameters that are refused
 
-REFUSED = {
-    "empty": (b"", ["empty file"]),
-    "not UTF-8": (b"abc\n" * 300_000 + b"\xff", ["expected UTF-8", "byte 1,200,000", "0xff"]),
-    "truncated character": ("aé".encode()[:-1], ["expected UTF-8", "byte 1"]),
-    "one distinct character": (b"aaaa", ["'a' 3 times"]),
-}
 
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_texts_without_training_data_are_refused(tmp_path: Path, name: str) -> None:
-    content, expected = REFUSED[name]
-    with pytest.raises(UserError) as error:
-        tokenized(tmp_path, content)
-    for part in [str(tmp_path / "text.txt"), *expected]:
-        assert part in str(error.value)
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b"", "an empty file"),
+        (b"abc\n" * 300_000 + b"\xff", r"invalid start byte at byte 1,200,000 \(0xff\)"),
+        ("aé".encode()[:-1], "unexpected end of data at byte 1"),
+        (b"aaaa", "'a' 3 times"),
+    ],
+)
+def test_texts_without_training_data_are_refused(tmp_path: Path, text: bytes, found: str) -> None:
+    with pytest.raises(UserError, match=rf"{tmp_path}/text\.txt: expected .* found {found}"):
+        tokenized(tmp_path, text)
     assert not list((tmp_path / "tokens").iterdir())
 
 
@@ -184,12 +171,12 @@ def test_token_ids_take_two_or_four_bytes(tmp_path: Path) -> None:
         assert data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val) == text + text[::-1]
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
 def test_truncated_token_files_are_refused(tmp_path: Path, name: str) -> None:
     path = tokenized(tmp_path, made_up_text(900)) / name
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"{name}: expected [\d,]+ bytes .* found [\d,]+;"):
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match=f"{name}: expected .* found "):
         load_tokens(path.parent)
     path.unlink()
-    with pytest.raises(UserError, match=f"{name}: .* found 0"):
+    with pytest.raises(UserError, match=f"{name}: .* found (0|no file)"):
         load_tokens(path.parent)

@@ -2,10 +2,8 @@
 
 import math
 import re
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import pytest
@@ -13,43 +11,47 @@ import torch
 from torch import Tensor, nn
 
 from gpt.evaluation.interpretability import inspect_model, order_by_similarity, printable_token
-from gpt.evaluation.plots import render_plots
+from gpt.evaluation.plots import position_values, render_plots
 from gpt.model.attention import SelfAttention
 from gpt.model.baselines import Average, make_model
 from gpt.model.checkpoint import Checkpoint
+from gpt.model.config import ModelConfig
 from gpt.model.gpt import LanguageModel
 from gpt.tokenizers.char import CharTokenizer
 from tests.conftest import RunMain
-from tests.support.common import model_params, strong_model
+from tests.support.common import contents, model_params, strong_model
 
 TOKENIZER = CharTokenizer("\n abcdefgh")
 SIZE = TOKENIZER.vocab_size
-POSITIONS = ["learned", "sinusoidal", "relative", "rotary", "alibi", "none"]
+POSITIONS = get_args(ModelConfig.model_fields["position"].annotation)
 
 
-def save(path: Path, model: LanguageModel) -> Path:
-    Checkpoint(model.config, TOKENIZER, model.state_dict(), {}).save(path)
-    return path
+class Explain(Protocol):
+    def __call__(self, model: LanguageModel, text: str, *options: str | Path, code: int = 0) -> str: ...
 
 
 @pytest.fixture
-def explain(run_main: RunMain) -> RunMain:
-    """Run `gpt explain` in this process."""
-    return partial(run_main, "explain")
+def explain(run_main: RunMain, tmp_path: Path) -> Explain:
+    """Save the model as `model.pt` and run `gpt explain` in this process."""
+
+    def run(model: LanguageModel, text: str, *options: str | Path, code: int = 0) -> str:
+        Checkpoint(model.config, TOKENIZER, model.state_dict(), {}).save(tmp_path / "model.pt")
+        return run_main("explain", "--checkpoint", tmp_path / "model.pt", "--text", text, *options, code=code)
+
+    return run
 
 
-def matrices(printed: str) -> list[list[list[float]]]:
-    """The printed matrices."""
-    rows = re.findall(r"^ *(\d+) \S +((?:-?(?:inf|\d+\.\d\d) *)+)$", printed, re.MULTILINE)
-    found: list[list[list[float]]] = []
-    for number, cells in rows:
-        if number == "1":
-            found.append([])
-        found[-1].append([float(cell) for cell in cells.split()])
-    return found
+def small_model(**changes: Any) -> LanguageModel:
+    return strong_model(model_params(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, **changes}), SIZE)
 
 
-def test_three_matrices_by_hand(explain: RunMain, tmp_path: Path) -> None:
+def matrices(printed: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The three printed matrices."""
+    rows = re.findall(r"^ *\d+ \S +((?:-?(?:inf|\d+\.\d\d) *)+)$", printed, re.MULTILINE)
+    return np.array([row.split() for row in rows], dtype=np.float64).reshape(3, len(rows) // 3, -1)
+
+
+def test_three_matrices_by_hand(explain: Explain, tmp_path: Path) -> None:
     """With a = (1, 0), b = (0, 1), c = (1, 1) as queries and keys, the scores are their dot products."""
     params = model_params(kind="head", n_embd=2, n_head=1, position="none", qk_norm=False, ngram=1, bias=False)
     model = make_model(params, TOKENIZER.vocab_size)
@@ -58,25 +60,21 @@ def test_three_matrices_by_hand(explain: RunMain, tmp_path: Path) -> None:
         embedding[2:5] = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
         model.get_parameter("attention.query.weight").copy_(math.sqrt(2) * torch.eye(2))
         model.get_parameter("attention.key.weight").copy_(torch.eye(2))
-    printed = explain("--checkpoint", save(tmp_path / "model.pt", model), "--text", "abc")
-    raw, masked, weights = matrices(printed)
-    inf = math.inf
-    assert raw == [[1, 0, 1], [0, 1, 1], [1, 1, 2]]
-    assert masked == [[1, -inf, -inf], [0, 1, -inf], [1, 1, 2]]
-    one = math.exp(1)
-    assert weights == [[1, 0, 0], [round(1 / (1 + one), 2), round(one / (1 + one), 2), 0], [0.21, 0.21, 0.58]]
-    assert "Layer 1 of 1, head 1 of 1" in printed
-    assert "query 3 c, key 3 c" in printed
-    assert "query 3 c: key 3 c, 0.58" in printed
-    for line in printed.splitlines():
-        assert len(line) <= 120
+    printed = explain(model, "abc")
+    inf, e = math.inf, math.e
+    raw, masked = [[1, 0, 1], [0, 1, 1], [1, 1, 2]], [[1, -inf, -inf], [0, 1, -inf], [1, 1, 2]]
+    weights = [[1, 0, 0], [round(1 / (1 + e), 2), round(e / (1 + e), 2), 0], [0.21, 0.21, 0.58]]
+    assert matrices(printed).tolist() == [raw, masked, weights]
+    for part in ("Layer 1 of 1, head 1 of 1", "query 3 c, key 3 c", "query 3 c: key 3 c, 0.58"):
+        assert part in printed
+    assert max(map(len, printed.splitlines())) <= 120
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt"}  # no plots, no log
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("position", POSITIONS)
 def test_scores_are_those_of_the_forward_pass(position: str) -> None:
-    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position), SIZE)
+    model = small_model(position=position)
     recorded: list[tuple[SelfAttention, Tensor, Tensor]] = []
 
     def record(layer: nn.Module, inputs: tuple[Tensor, ...], mixed_BTC: Tensor) -> None:
@@ -99,102 +97,81 @@ def test_scores_are_those_of_the_forward_pass(position: str) -> None:
     assert np.allclose(attention.weights.sum(-1), 1)
 
 
-def test_layer_and_head_can_be_selected(explain: RunMain, tmp_path: Path) -> None:
-    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=32), SIZE)
-    path = save(tmp_path / "model.pt", model)
-    line = ["--checkpoint", path, "--text", "a bc\ndefgh abc"]
-    first, second = explain(*line), explain(*line, "--layer", "2", "--head", "2")
+def test_layer_and_head_can_be_selected(explain: Explain) -> None:
+    model, text = small_model(block_size=32), "a bc\ndefgh abc"
+    first, second = explain(model, text), explain(model, text, "--layer", "2", "--head", "2")
     attention = inspect_model(model, [2, 1, 3, 4, 0, 5, 6, 7], TOKENIZER.decode).attention
     assert attention
     assert np.allclose(matrices(first)[2], attention.weights[0, 0], atol=0.0051)
     assert np.allclose(matrices(second)[2], attention.weights[1, 1], atol=0.0051)
-    assert "the first 8 of 14 tokens" in first
-    assert "\n 2 ␣ " in first
-    assert "\n 5 ↵ " in first
-    assert "these are" not in explain("--checkpoint", path, "--text", "abcdefgh").lower()
-    for options, message in (
-        (["--text", "ab", "--layer", "3"], "--layer: expected 1 to 2"),
-        (["--text", "ab", "--head", "3"], "--head: expected 1 to 2"),
-        (["--text", ""], "--text: expected at least one character"),
-        (["--text", "aZ"], "--text 'aZ': expected only the 10 characters of the training text, found 'Z'"),
+    for part in ("the first 8 of 14 tokens", "\n 2 ␣ ", "\n 5 ↵ "):
+        assert part in first
+    assert "These are" not in explain(model, "abcdefgh")
+    for (entered, *options), message in (
+        (["ab", "--layer", "3"], "--layer: expected 1 to 2"),
+        (["ab", "--head", "3"], "--head: expected 1 to 2"),
+        ([""], "--text: expected at least one character"),
+        (["aZ"], "--text 'aZ': expected only the 10 characters of the training text, found 'Z'"),
     ):
-        assert message in explain("--checkpoint", path, *options, code=2)
+        assert message in explain(model, entered, *options, code=2)
 
 
-def test_baseline_models(explain: RunMain, tmp_path: Path) -> None:
-    average = strong_model(model_params(kind="average", n_embd=16), SIZE)
-    printed = explain("--checkpoint", save(tmp_path / "average.pt", average), "--text", "abc")
+def test_baseline_models(explain: Explain, tmp_path: Path) -> None:
+    average = small_model(kind="average")
+    printed = explain(average, "abc")
     assert "no queries and keys" in printed
-    assert matrices(printed)[2] == [[1, 0, 0], [0.5, 0.5, 0], [0.33, 0.33, 0.33]]
+    assert matrices(printed)[2].tolist() == [[1, 0, 0], [0.5, 0.5, 0], [0.33, 0.33, 0.33]]
     attention = inspect_model(average, [2, 3, 4], TOKENIZER.decode).attention
     assert attention
     assert isinstance(average, Average)
     mean_TC = torch.from_numpy(attention.weights[0, 0]) @ average.token_embedding.weight[[2, 3, 4]]
     assert torch.allclose(average.output(mean_TC), average(torch.tensor([[2, 3, 4]]))[0], atol=1e-5)
-    bigram = save(tmp_path / "bigram.pt", strong_model(model_params(kind="bigram"), SIZE))
-    printed = explain("--checkpoint", bigram, "--text", "abcdefgh abc", "--out", tmp_path / "bigram")
+    printed = explain(small_model(kind="bigram"), "abcdefgh abc", "--out", tmp_path / "bigram")
     assert printed.startswith("model.kind bigram: no attention.")
     assert [path.name for path in (tmp_path / "bigram").iterdir()] == ["embeddings.png"]
 
 
-def test_plots_exist_for_the_parts_of_a_model_and_are_reproducible(explain: RunMain, tmp_path: Path) -> None:
-    plots: dict[str, dict[str, bytes]] = {}
-    for position in POSITIONS:
-        model = strong_model(model_params(n_layer=1, n_head=2, n_embd=16, block_size=8, position=position), SIZE)
-        plots[position] = dict(render_plots(inspect_model(model, [2, 5, 1, 3], TOKENIZER.decode)))
-        names = ["attention.png", "embeddings.png", "positions.png"][: 3 - (position == "none")]
-        assert sorted(plots[position]) == names
-    assert len({found["positions.png"] for found in plots.values() if "positions.png" in found}) == 5
-    path = save(tmp_path / "model.pt", model)
-    explain("--checkpoint", path, "--text", "ad b", "--out", tmp_path / "new" / "folder")
-    found = {one.name: one.read_bytes() for one in (tmp_path / "new" / "folder").iterdir()}
-    assert found == plots["none"]
-    assert all(b"Software" not in content and b"matplotlib" not in content for content in found.values())
+def test_plots_exist_for_the_parts_of_a_model_and_are_reproducible(explain: Explain, tmp_path: Path) -> None:
+    model = small_model(n_layer=1)
+    plots = dict(render_plots(inspect_model(model, [2, 5, 1, 3], TOKENIZER.decode)))
+    assert list(plots) == ["attention.png", "positions.png", "embeddings.png"]
+    assert all(b"Software" not in content and b"matplotlib" not in content for content in plots.values())
+    explain(model, "ad b", "--out", tmp_path / "new" / "folder")
+    assert contents(tmp_path / "new" / "folder", plots) == plots
+    found = [inspect_model(small_model(position=position), [2], TOKENIZER.decode).positions for position in POSITIONS]
+    assert len({position_values(positions) for positions in found if positions}) == len(POSITIONS) - 1
 
 
 @pytest.mark.filterwarnings("error")
 def test_labels_of_any_token_can_be_plotted() -> None:
     """Words, characters that the font lacks, mathtext syntax, control characters, the empty string."""
     tokens = ["the wizards", "中文", "$x^$", "\x00", ""]
-    model = strong_model(model_params(n_layer=1, n_head=2, n_embd=16, block_size=8), SIZE)
-    inspection = inspect_model(model, range(5), lambda numbers: "".join(tokens[number % 5] for number in numbers))
+    inspection = inspect_model(
+        small_model(n_layer=1), range(5), lambda numbers: "".join(tokens[number % 5] for number in numbers)
+    )
     assert inspection.tokens == ("the␣wizards", "中文", "$x^$", "\\x00", "∅")
     assert all(content.startswith(b"\x89PNG") for _, content in render_plots(inspection))
     assert printable_token("\t") == "⇥"
 
 
 def test_similar_items_are_neighbours() -> None:
-    groups = [0, 1, 0, 2, 1, 0, 2]
-    similarity = np.array([[1.0 if a == b else 0.1 * (a - b) for b in groups] for a in groups], dtype=np.float32)
-    order = order_by_similarity(similarity)
-    assert sorted(order) == list(range(7))
-    ordered = [groups[index] for index in order]
-    assert sum(a != b for a, b in pairwise(ordered)) == 2
-
-
-def test_clusters_are_oriented_when_they_are_merged() -> None:
-    """Points on a line end up in their order on the line."""
+    """Points on a line end up in their order on the line: clusters are oriented when they are merged."""
     points = np.array([3.5, 12.5, 0, 10, 1, 11, 3], dtype=np.float32)
     order = order_by_similarity(-np.abs(points[:, None] - points))
     assert sorted(points) in (list(points[order]), list(points[order][::-1]))
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("position", POSITIONS[:-1])
 def test_position_values_by_hand(position: str) -> None:
-    model = strong_model(model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, ngram=2, position=position), SIZE)
+    model = small_model(ngram=2, position=position)
     found = inspect_model(model, [2, 5], TOKENIZER.decode).positions
-    if position == "none":
-        assert found is None
-        return
     assert found
     assert found.scheme == position
-    expected = np.asarray(expected_positions(model))
-    assert found.values.shape == expected.shape
-    assert np.allclose(found.values, expected, atol=1e-5)
+    np.testing.assert_allclose(found.values, expected_positions(model), atol=1e-5)
 
 
-def expected_positions(model: LanguageModel) -> "Tensor | np.ndarray[Any, np.dtype[np.float64]]":
+def expected_positions(model: LanguageModel) -> Any:
     angles = np.arange(8.0)[:, None] * 10_000 ** (-np.arange(8) / 8)
     match model.config.position:
         case "learned":

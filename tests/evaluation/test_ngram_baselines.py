@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt.evaluation.ngram_baselines import bigram_loss, mean_by_position, unigram_loss
+from gpt.evaluation.ngram_baselines import bigram_loss, loss_by_position, unigram_loss
 
 
 def test_ngram_losses_by_hand() -> None:
@@ -17,6 +17,6 @@ def test_ngram_losses_by_hand() -> None:
     assert bigram_loss(train, val, 3) == pytest.approx(-(math.log(1 / 3) + math.log(2 / 6)) / 2)
 
 
-def test_mean_by_position_by_hand() -> None:
+def test_loss_by_position_by_hand() -> None:
     batches = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double(), torch.tensor([[8.0]]).double()]
-    assert mean_by_position(batches) == ([4.0, 3.0], [3, 2])
+    assert loss_by_position(batches).to_dict("list") == {"position": [1, 2], "loss": [4.0, 3.0], "predictions": [3, 2]}

@@ -3,7 +3,12 @@
 import hashlib
 import io
 import random
+import re
+import resource
+import time
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,19 +37,25 @@ def sealed(value: object) -> bytes:
     """A file with a valid trailer and any content."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    return buffer.getvalue() + TRAILER + hashlib.sha256(buffer.getvalue()).hexdigest().encode() + b"\n"
+    return seal(buffer.getvalue())
+
+
+def seal(content: bytes) -> bytes:
+    return content + TRAILER + hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+
+def with_metadata(text: object, weights: object = None) -> bytes:
+    if weights is None:
+        weights = GPT(CONFIG, 4).state_dict()
+    return sealed({"format": FORMAT, "metadata": text, "weights": weights})
 
 
 def sealed_checkpoint(
     *, model: dict[str, object] | None = None, tokenizer: dict[str, object] | None = None, weights: object = None
 ) -> bytes:
     """A checkpoint with a valid trailer and changed metadata or weights."""
-    metadata = {
-        "model": CONFIG.model_dump() | (model or {}),
-        "tokenizer": TOKENIZER.to_json() | (tokenizer or {}),
-        "about": {},
-    }
-    return sealed({"format": FORMAT, "metadata": canonical_json(metadata), "weights": weights or {}})
+    changed = {"model": CONFIG.model_dump() | (model or {}), "tokenizer": TOKENIZER.to_json() | (tokenizer or {})}
+    return with_metadata(canonical_json({**changed, "about": {"corpus_sha256": "0"}}), weights)
 
 
 def test_loading_restores_everything_and_saving_again_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
@@ -61,12 +72,11 @@ def test_loading_restores_everything_and_saving_again_gives_the_same_bytes(saved
 
 
 def test_truncated_and_corrupted_files_are_refused(saved: Path, tmp_path: Path) -> None:
-    content, path, random_bits = saved.read_bytes(), tmp_path / "damaged.pt", random.Random(0)
-    lengths = [*random_bits.sample(range(len(content)), 300), *range(len(content) - 100, len(content))]
-    damaged = [content[:length] for length in lengths]
-    for bit in random_bits.sample(range(len(content) * 8), 600):
-        byte = bit // 8
-        damaged.append(content[:byte] + bytes([content[byte] ^ 1 << bit % 8]) + content[byte + 1 :])
+    content, path, rng = saved.read_bytes(), tmp_path / "damaged.pt", random.Random(0)
+    size = len(content)
+    damaged = [content[:length] for length in [*rng.sample(range(size), 50), *range(size - 100, size)]]
+    for byte in [*rng.sample(range(size), 100), *range(size - 100, size)]:
+        damaged.append(content[:byte] + bytes([content[byte] ^ 1 << rng.randrange(8)]) + content[byte + 1 :])
     for found in damaged:
         path.write_bytes(found)
         with pytest.raises(UserError, match=r"damaged\.pt"):
@@ -98,9 +108,9 @@ OTHER_FILES = {
     "no trailer": (b"hello" * 100, "500 bytes without one"),
     "no dict": (sealed([1, 2]), "format 1, found none"),
     "other format": (sealed({"format": 2, "metadata": "{}"}), "format 1, found 2"),
-    "no metadata": (sealed({"format": 1}), "metadata as JSON, found none"),
-    "no JSON": (sealed({"format": 1, "metadata": "{"}), "metadata as JSON, found none"),
-    "a list": (sealed({"format": 1, "metadata": "[]"}), "expected a trained model"),
+    "no metadata": (sealed({"format": 1}), "metadata as canonical JSON, found none"),
+    "no JSON": (sealed({"format": 1, "metadata": "{"}), "metadata as canonical JSON, found none"),
+    "a list": (sealed({"format": 1, "metadata": "[]"}), "metadata as canonical JSON, found none"),
     "no model": (sealed({"format": 1, "metadata": "{}"}), "'model'"),
     "invalid vocabulary": (sealed_checkpoint(tokenizer={"vocabulary": "\na\na"}), "expected a trained model"),
     "invalid configuration": (sealed_checkpoint(model={"n_layer": "two"}), "n_layer"),
@@ -121,11 +131,115 @@ def test_weights_that_do_not_match_the_configuration_are_listed(saved: Path, tmp
     weights["positions.table.weight"] = torch.zeros(5, 4)
     path = tmp_path / "other.pt"
     path.write_bytes(sealed_checkpoint(weights=weights))
-    with pytest.raises(UserError) as error:
+    expected = [
+        "extra: expected none",
+        "norm.weight: expected torch.float32 [4], found none",
+        "[4, 4], found torch.float32 [5, 4]",
+    ]
+    with pytest.raises(UserError, match=".*".join(map(re.escape, expected))):
         load_checkpoint(path)
-    for part in (
-        "norm.weight is missing",
-        "extra is unknown",
-        "positions.table.weight: expected torch.float32 [4, 4]",
-    ):
-        assert part in str(error.value)
+
+
+def deflated(content: bytes) -> bytes:
+    """A sealed file as a compressed archive that unpacks to a gigabyte."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
+        for member in source.infolist():
+            data = source.read(member)
+            target.writestr(member.filename, data if member.file_size > 32 else b"\0" * (1 << 30))
+    return seal(buffer.getvalue())
+
+
+def pickled(code: bytes) -> bytes:
+    """A sealed archive with this pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + code)
+        archive.writestr("archive/version", "3\n")
+    return seal(buffer.getvalue())
+
+
+def with_about(about: object) -> bytes:
+    changed = {"model": CONFIG.model_dump(), "tokenizer": TOKENIZER.to_json(), "about": about}
+    return with_metadata(canonical_json(changed))
+
+
+def with_weight(value: object, name: object = "norm.weight") -> bytes:
+    return sealed_checkpoint(weights={**GPT(CONFIG, 4).state_dict(), name: value})
+
+
+BPE = {"kind": "bpe", "merges": ["a b"]}
+WORD = {"kind": "word", "characters": "\nab", "words": ["ab"]}
+WORDPIECE = {"kind": "wordpiece", "beginnings": ["a"], "continuations": ["a"]}
+TIKTOKEN = {"kind": "tiktoken", "ranks": ["a"]}
+WRONG: list[object] = [None, 1, "", [], {}, [[]], [1], [""], ["\ud800"], ["a", "a"], "ba", ["\x00 b"], {"a": "b"}]
+KINDS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    (TOKENIZER.to_json(), ("vocabulary",)),
+    (BPE, ("merges",)),
+    (WORD, ("characters", "words")),
+    (WORDPIECE, ("beginnings", "continuations")),
+    (TIKTOKEN, ("ranks",)),
+]
+NO_TEXT: list[object] = [None, 7, b"{}", [], {}, torch.zeros(3)]
+NO_ORIGIN: list[object] = [None, [], "x", {}, {"corpus_sha256": 7}]
+NO_KIND: list[object] = [None, 1, [], {}, "none"]
+NO_WEIGHT: list[object] = [None, "x", 1.0, [], {}, b""]
+NO_NAME: list[object] = [1, None, "", "\n", ("a",)]
+NO_WEIGHTS: list[object] = [[1], "x", 7, torch.zeros(3), {"a": {}}]
+HOSTILE: dict[str, Any] = {
+    **{f"metadata {text[:9]!r}": with_metadata(text) for text in ("null", "[]", "1", '"x"', "NaN", "[" * 99_999)},
+    **{f"metadata {value!r}": with_metadata(value) for value in NO_TEXT},
+    "duplicate keys": with_metadata('{"about":{},"about":{}}'),
+    "huge integer": with_metadata('{"about":' + "9" * 5000 + "}"),
+    **{f"about {about!r}": with_about(about) for about in NO_ORIGIN},
+    **{
+        f"{key} {value!r}": sealed_checkpoint(model={key: value})
+        for key in ("n_layer", "n_head", "n_embd", "block_size", "ngram_rows", "ngram_width", "ngram")
+        for value in (0, -1, 1.5, "4", None, True, 10**12, 2**63, 10**400)
+    },
+    "a million layers": sealed_checkpoint(model={"n_layer": 10**6}),
+    "a thousand layers": sealed_checkpoint(model={"n_layer": 1000}),
+    "wide": sealed_checkpoint(model={"n_embd": 65536, "block_size": 65536}),
+    "large tables": sealed_checkpoint(model={"ngram": 6, "ngram_rows": 1 << 31}),
+    **{
+        f"{kind['kind']} {field} {value!r}": sealed_checkpoint(tokenizer={**kind, field: value})
+        for kind, fields in KINDS
+        for field in fields
+        for value in WRONG
+    },
+    **{f"kind {kind!r}": sealed_checkpoint(tokenizer={"kind": kind}) for kind in NO_KIND},
+    "another field": sealed_checkpoint(tokenizer={"words": []}),
+    "integer weights": with_weight(torch.zeros(4, dtype=torch.int64)),
+    "complex weights": with_weight(torch.zeros(4, dtype=torch.complex64)),
+    "sparse weights": with_weight(torch.zeros(4).to_sparse()),
+    "meta weights": with_weight(torch.zeros(4, device="meta")),
+    "a tensor of 10¹² repeated elements": with_weight(torch.zeros(1).expand(10**12)),
+    "NaN": with_weight(torch.full((4,), torch.nan)),
+    "infinite": with_weight(torch.tensor([1.0, 2.0, torch.inf, 4.0])),
+    **{f"weight {value!r}": with_weight(value) for value in NO_WEIGHT},
+    **{f"weight named {name!r}": with_weight(torch.zeros(4), name) for name in NO_NAME},
+    **{f"weights {value!r}": sealed_checkpoint(weights=value) for value in NO_WEIGHTS},
+    "deflated": deflated(sealed_checkpoint()),
+    "a gigabyte of zeros": pickled(b"c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R."),
+    "a counter": pickled(b"ccollections\nCounter\n)R."),
+    "no pickle": seal(b"PK"),
+    "no end": pickled(b"}"),
+    "deep nesting": pickled(b"(" * 99_999 + b"."),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.pt"
+    path.write_bytes(HOSTILE[name])
+    began, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"hostile\.pt: ") as refused:
+        load_checkpoint(path)
+    assert "\n" not in str(refused.value)
+    assert time.monotonic() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1 << 20  # in KiB
+
+
+def test_the_table_of_hostile_files_starts_from_a_valid_one(tmp_path: Path) -> None:
+    (tmp_path / "valid.pt").write_bytes(sealed_checkpoint())
+    assert load_checkpoint(tmp_path / "valid.pt").model == CONFIG

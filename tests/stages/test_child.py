@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stages.child import status_of
@@ -18,13 +19,17 @@ import os, signal, sys, time
 if sys.argv[1] == "refuse":
     sys.stderr.write("gpt train: model.n_head: wrong\\n")  # as gpt/__main__.py does
     sys.exit(2)
-if sys.argv[1] == "stop":
+if sys.argv[1].startswith("stop"):
     def stop(*_):
         sys.stderr.write("gpt train: stopped after step 3\\n")
         sys.exit(75)
     signal.signal(signal.SIGTERM, stop)
-    open("ready" + os.environ["RANK"], "w").close()
-    time.sleep(60)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, stop)
+    open(sys.argv[1] + os.environ["RANK"], "w").close()
+    while not os.path.exists("finish"):
+        time.sleep(0.1)
+    sys.exit(0)
 if os.environ["RANK"] == "0":
     time.sleep(60)
 print("a traceback", file=sys.stderr, flush=True)
@@ -51,7 +56,7 @@ def test_failures_of_torchrun_workers(place: Workspace) -> None:
     assert ended(refused, 2) == "gpt train: model.n_head: wrong\n"
     assert re.fullmatch(f"a traceback\n{RANK_1} ended with exit code 9 {END}", ended(failed, 9))
     assert re.fullmatch(f"{RANK_1} was killed by SIGKILL {END}", ended(killed, 137))
-    wait_for(lambda: len([*place.folder.glob("ready?")]) == 2)
+    wait_for(lambda: len([*place.folder.glob("stop?")]) == 2)
     stopped.send_signal(signal.SIGTERM)
     assert ended(stopped, 75) == "gpt train: stopped after step 3\nstages.train: stopped by SIGTERM\n"
     log = (place.folder / "gpt_nano.log").read_text()
@@ -59,6 +64,27 @@ def test_failures_of_torchrun_workers(place: Workspace) -> None:
     assert "exitcode  : -9 " in log
     status = {run["params"]["train.seed"]: run["status"] for run in place.runs()}
     assert status == {"1": "FAILED", "2": "KILLED", "3": "KILLED"}
+
+
+def test_a_closed_terminal_stops_the_training_except_under_nohup(place: Workspace) -> None:
+    (place.folder / "worker.py").write_text(WORKER)
+    place.environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{place.folder}", "PET_NPROC_PER_NODE": "2"}
+    inputs = ("--checkpoint", "w.pt", "--params", "params.yaml", "--tokens", "tokens")
+    names = (*inputs, "--metrics", "m", "--history", "h", "--validation", "v")
+    stopped = place.start("train", "torchrun", "-m", "worker", "stop-", *names)
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as from nohup
+    try:
+        nohup = place.start("train", "torchrun", "-m", "worker", "stop+", *names, "-S", "train.seed=2")
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    wait_for(lambda: len([*place.folder.glob("stop*")]) == 4)
+    for wrapper in (stopped, nohup):
+        for process in (psutil.Process(wrapper.pid), *psutil.Process(wrapper.pid).children(recursive=True)):
+            process.send_signal(signal.SIGHUP)
+    assert ended(stopped, 75) == "gpt train: stopped after step 3\nstages.train: stopped by SIGHUP\n"
+    (place.folder / "finish").touch()
+    assert ended(nohup) == ""
+    assert {run["status"] for run in place.runs()} == {"KILLED", "FINISHED"}
 
 
 @pytest.mark.parametrize(("rest", "starts"), [("; true", True), ("&", False)], ids=["dvc lives", "dvc is dead"])

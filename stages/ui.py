@@ -1,0 +1,41 @@
+"""`python -m stages.ui [PORT]`: start MLflow's UI for the tracking store, or print the address of its server."""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+from gpt.core.errors import UserError
+from stages.command_line import enter
+from stages.publish import tracking_uri, without_credentials
+from stages.run_record import main_workspace
+from stages.torchrun import LOOPBACK
+
+PORT = 5000
+
+
+def main(arguments: Sequence[str]) -> int:  # noqa: RET503 (execv does not return)
+    """Run the server in this process until it is interrupted.
+
+    Raises:
+        UserError: the port is no number, or taken.
+
+    """
+    address, port = tracking_uri(main_workspace()), arguments[0] if arguments else str(PORT)
+    if address.startswith("http"):
+        print(f"MLFLOW_TRACKING_URI is a server with its own UI: {without_credentials(address)}")
+        return 0
+    try:
+        socket.create_server((LOOPBACK, int(port))).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"port {port}: expected a free port, found: {error}; choose one: make ui PORT=5001") from error
+    hosts = f"localhost:*,{LOOPBACK}:*"  # with any port, since an SSH tunnel may end on another one
+    os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", hosts)
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    print(f"MLflow: http://{LOOPBACK}:{port}/?workflowType=machine_learning", flush=True)
+    command = ["-m", "mlflow", "ui", "--backend-store-uri", address, "--host", LOOPBACK, "--port", port]
+    os.execv(sys.executable, [sys.executable, *command, "--workers", "1"])
+
+
+if __name__ == "__main__":
+    enter("ui", main)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from gpt.__main__ import main
 from gpt.data.prepare import tokenize
 from gpt.data.token_files import TokenData, load_tokens
 from gpt.model.device import CPU_THREADS
-from tests.support.common import made_up_text, only_line, run, tokenize_params, train_line, write_params
+from tests.support.common import FAST, made_up_text, only_line, run, tokenize_params, train_line, write_params
 from tests.support.workspace import done, empty_store, place, server  # noqa: F401 (pytest finds fixtures here)
 
 torch.set_num_threads(CPU_THREADS)  # as every command does
@@ -47,11 +48,18 @@ def data(tokens: Path) -> TokenData:
 def trained(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
     """A folder with the outputs of a short training in float32."""
     folder = tmp_path_factory.mktemp("trained")
-    precisions = {"train__precision": "float32", "evaluate__precision": "float32"}
-    write_params(folder / "params.yaml", train__max_steps=20, model__dropout=0.0, **precisions)
-    printed = run([sys.executable, "-m", "gpt", *train_line(tokens)], folder).stdout
-    assert "step 20/20" in printed
+    write_params(folder / "params.yaml", **FAST, train__max_steps=20, model__dropout=0.0)
+    with chdir(folder):
+        assert call_main(*train_line(tokens)) == 0
     return folder
+
+
+def call_main(*arguments: str | Path) -> int:
+    """Run a command in this process: a new one spends seconds on importing torch. Returns the exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["gpt", *map(str, arguments)])
+        main()
+    return int(ended.value.code or 0)
 
 
 @pytest.fixture
@@ -66,19 +74,14 @@ def gpt(tmp_path: Path) -> RunGpt:
 
 @pytest.fixture
 def run_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunMain:
-    """Run a command in this process: a new one spends seconds on importing torch.
-
-    Returns its stdout or, with an exit code that is not 0, its error message of one line.
-    """
+    """Run a command in tmp_path, in this process; returns stdout or, with another exit code than 0, the error line."""
     monkeypatch.chdir(tmp_path)
 
     def invoke(*arguments: str | Path, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["gpt", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
+        found = call_main(*arguments)
         output, errors = capsys.readouterr()
-        assert (ended.value.code or 0) == code, errors
+        assert found == code, errors
         return only_line(errors) if code else output
 
     return invoke

@@ -3,6 +3,7 @@
 import os
 import random
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -38,6 +39,8 @@ def read_yaml(path: Path) -> Any:
     return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
 
 
+# Changes of the smoke preset: bfloat16 and Muon are slow on a CPU without AVX-512.
+FAST = {"train__precision": "float32", "train__optimizer": "adamw", "evaluate__precision": "float32"}
 STAGES: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 
@@ -105,14 +108,15 @@ def stage_line(stage: str, *more: str) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment, with the project importable and the tools of the virtual environment on PATH.
+    """This process's environment with a git identity, the project importable and the environment's tools on PATH.
 
     SHELL is unset, as under cron or in a container: dvc then runs commands with /bin/sh, which stays their parent.
     """
     tools = str(Path(sys.executable).parent)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     inherited = {name: value for name, value in os.environ.items() if name != "SHELL"}
-    return {**inherited, "PYTHONPATH": str(ROOT), "PATH": path, "NO_COLOR": "1", **changes}
+    user = {f"GIT_{role}_{key}": "t@example.com" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+    return {**inherited, **user, "PYTHONPATH": str(ROOT), "PATH": path, "NO_COLOR": "1", **changes}
 
 
 def run(
@@ -141,6 +145,12 @@ def wait_for(condition: Callable[[], T], seconds: float = 60, pause: float = 0.0
         assert time.monotonic() < deadline, f"timed out after {seconds} s"
         time.sleep(pause)
     return value
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:

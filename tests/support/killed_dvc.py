@@ -1,7 +1,6 @@
-"""`python -m tests.support.killed_dvc PATTERN ARGUMENTS…`: dvc that kills itself at a file operation.
+"""`python -m tests.support.killed_dvc PATTERN ARGUMENTS…`: dvc that kills itself before an operation.
 
-PATTERN is a regular expression, searched for in the name of the audit event and its path. A file that is about to be
-written is truncated first, as when the kill falls between opening and writing.
+PATTERN is a regular expression, searched for in the name of an audit event and its arguments.
 """
 
 import os
@@ -11,23 +10,12 @@ import sys
 
 from dvc.cli import main
 
-WRITING = os.O_WRONLY | os.O_RDWR
 
-
-def kill_at(pattern: str) -> None:
-    """Send SIGKILL to this process at the first operation that matches."""
-
-    def hook(event: str, details: tuple[object, ...]) -> None:
-        reads = event == "open" and not (isinstance(details[2], int) and details[2] & WRITING)
-        if reads or not details or not re.search(pattern, f"{event} {details[0]}"):
-            return
-        if event == "open":
-            os.truncate(str(details[0]), 0)
+def kill_at(event: str, arguments: tuple[object, ...]) -> None:
+    if re.search(sys.argv[1], f"{event} {arguments}"):
         os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 if __name__ == "__main__":
-    kill_at(sys.argv[1])
+    sys.addaudithook(kill_at)
     sys.exit(main(sys.argv[2:]))

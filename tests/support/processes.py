@@ -7,12 +7,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 
 from gpt.__main__ import main
+from tests.support.common import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 set_forkserver_preload(["gpt.commands.train", "torch._dynamo", __name__])  # the first optimizer imports _dynamo
@@ -27,9 +27,8 @@ class Running:
         self._output, self._errors = folder / f"output{variables.get('RANK', '')}.txt", folder / "errors.txt"
         for path in (self._output, self._errors):
             path.write_text("")
-        self._process = CONTEXT.Process(
-            target=_run, args=(folder, arguments, variables, self._output, self._errors, kill_at)
-        )
+        details = (folder, arguments, variables, self._output, self._errors, kill_at)
+        self._process = CONTEXT.Process(target=_run, args=details)
         self._process.start()
         self.pid = self._process.pid or 0
 
@@ -38,7 +37,6 @@ class Running:
         return self._process.exitcode
 
     def output(self) -> str:
-        """Its stdout so far."""
         return self._output.read_text()
 
     def wait(self, timeout: float = 60) -> tuple[int, str]:
@@ -48,7 +46,6 @@ class Running:
         return self._process.exitcode, self._errors.read_text()
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, unless it has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
@@ -72,8 +69,7 @@ def start(
 
 def rendezvous() -> dict[str, str]:
     """Variables with an address and a free port for a process group."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def _run(

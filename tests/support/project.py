@@ -6,31 +6,24 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from ruamel.yaml import YAML
 
-from tests.support.common import ROOT, environment, run, wait_for, write_params
+from tests.support.common import FAST, ROOT, environment, run, wait_for, write_params
 
 QUEUE_S = 240
-OUTPUTS = [
-    "chargpt_nano.pt",
-    "generation_out.txt",
-    "metrics/train.json",
-    "metrics/evaluate.json",
-    "plots/history.csv",
-    "plots/validation.csv",
-    "plots/positions.csv",
-    "plots/calibration.csv",
-    "data/tokens/train.bin",
-    "dvc.lock",
-]
+CHECKPOINT = "chargpt_nano.pt"
+TRAINED = [CHECKPOINT, "metrics/train.json", "plots/history.csv", "plots/validation.csv"]
+EVALUATED = ["metrics/evaluate.json", "plots/positions.csv", "plots/calibration.csv"]
+OUTPUTS = ["data/tokens/train.bin", *TRAINED, *EVALUATED, "generation_out.txt", "dvc.lock"]
 
 
-def clone(folder: Path, corpus: Path) -> Path:
-    """Clone the working tree, uncommitted changes included; commit tiny params and a local text."""
+def clone(folder: Path, corpus: Path, **changes: Any) -> Path:
+    """Clone the working tree, uncommitted changes included; commit tiny params, with changes, and a local text."""
     run(["git", "clone", "--quiet", ROOT, folder], ROOT)
     changed = ["git", "ls-files", "--modified", "--others", "--exclude-standard", "--deduplicate"]
     for name in run(changed, ROOT).stdout.split():
@@ -39,18 +32,12 @@ def clone(folder: Path, corpus: Path) -> Path:
             shutil.copy(ROOT / name, folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
-    write_params(
-        folder / "params.yaml",
-        download__sources=[str(corpus)],
-        download__sha256=None,
-        train__max_steps=40,
-        generate__max_new_tokens=30,
-        generate__prompts=["the ", ""],
-    )
+    params = {**FAST, "download__sources": [str(corpus)], "download__sha256": None, "train__max_steps": 40}
+    params |= {"generate__max_new_tokens": 30, "generate__prompts": ["the ", ""], "evaluate__sample_characters": 240}
+    write_params(folder / "params.yaml", **{**params, **changes})
     (folder / "dvc.lock").unlink(missing_ok=True)
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
-    run([*git, "add", "--all"], folder)
-    run([*git, "commit", "--quiet", "--message", "tiny params"], folder)
+    run(["git", "add", "--all"], folder)
+    run(["git", "commit", "--quiet", "--message", "tiny params"], folder)
     return folder
 
 
@@ -60,9 +47,8 @@ def command(*arguments: str) -> list[str]:
 
 
 def dvc_environment(**changes: str) -> dict[str, str]:
-    """The environment of a user who has a git identity and has switched off DVC's usage statistics."""
-    user = {f"GIT_{role}_{key}": "t@example.com" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
-    return environment(PYTHONPATH="", DVC_NO_ANALYTICS="1", **user, **changes)
+    """The environment of a user who has switched off DVC's usage statistics."""
+    return environment(PYTHONPATH="", DVC_NO_ANALYTICS="1", **changes)
 
 
 def dvc(project: Path, *arguments: str, code: int | None = 0, **changes: str) -> "subprocess.CompletedProcess[str]":
@@ -123,12 +109,9 @@ def logged_steps(project: Path, run_id: str) -> list[int]:
     return [point.step for point in store(project).get_metric_history(run_id, "train_loss")]
 
 
-def artifacts(project: Path, run_id: str, folder: str | None = None) -> list[str]:
-    """The paths of all artifacts of a run."""
-    found: list[str] = []
-    for item in store(project).list_artifacts(run_id, folder):
-        found += artifacts(project, run_id, item.path) if item.is_dir else [item.path]
-    return found
+def artifacts(project: Path, run_id: str) -> set[str]:
+    """The names of all artifacts of a run."""
+    return {path.name for path in project.glob(f"mlruns/{run_id}/artifacts/**/*") if path.is_file()}
 
 
 def set_params(project: Path, **sections: dict[str, object]) -> None:

@@ -4,24 +4,23 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from mlflow import MlflowClient
+from mlflow import MlflowClient, entities
 
 from gpt.core.files import sha256_file
 from gpt.training.fingerprint import run_key
 from stages import mlflow_store
 from tests.support import fake_gpt
-from tests.support.common import environment, wait_for
+from tests.support.common import environment, free_port, run, wait_for
 
 PARAMS = """\
 download: {sources: [here, "https://user:secret@host/text?key=1"], sha256: null}
@@ -33,8 +32,6 @@ generate: {prompts: ["ROMEO:"], seed: 1}
 launch: {processes: auto, timeout: 77}
 """
 Run = dict[str, Any]
-# Tags that depend on the random run id.
-DIGEST_OF_DESCRIPTION = "published.page"
 
 
 class Workspace:
@@ -55,14 +52,8 @@ class Workspace:
     def start(self, stage: str, *words: str, **plan: object) -> "subprocess.Popen[str]":
         (self.folder / "plan.json").write_text(json.dumps({"steps": 12, "loss": 1.5, **plan}))
         (self.folder / "ready").unlink(missing_ok=True)
-        return subprocess.Popen(
-            [sys.executable, "-m", f"stages.{stage}", *words],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        line, pipe = [sys.executable, "-m", f"stages.{stage}", *words], subprocess.PIPE
+        return subprocess.Popen(line, cwd=self.folder, env=self.environment, stdout=pipe, stderr=pipe, text=True)
 
     def go_on(self, *, samples: int) -> None:
         """Let a command that was started with `hold` end when its run has this many samples of system metrics."""
@@ -115,15 +106,15 @@ def runs_in(client: MlflowClient) -> list[Run]:
     experiment = client.get_experiment_by_name(mlflow_store.EXPERIMENT)
     ids = [experiment.experiment_id] if experiment else []
     found = client.search_runs(ids, order_by=["attributes.start_time ASC"]) if ids else []
-    return [_contents(client, run.info.run_id) for run in found]
+    return [_contents(client, run) for run in found]
 
 
-def _contents(client: MlflowClient, run_id: str) -> Run:
-    run = client.get_run(run_id)
+def _contents(client: MlflowClient, run: entities.Run) -> Run:
+    run_id = run.info.run_id
     histories = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}
     datasets = [given.dataset for given in run.inputs.dataset_inputs] if run.inputs else []
     tags = {name: value.replace(run_id, "ID") for name, value in run.data.tags.items()}
-    tags.pop(DIGEST_OF_DESCRIPTION, None)
+    tags.pop("published.page", None)  # a digest that depends on the random run id
     return {
         "name": run.info.run_name,
         "status": run.info.status,
@@ -142,11 +133,8 @@ def _artifacts(client: MlflowClient, run_id: str) -> dict[str, str]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(client.download_artifacts(run_id, "", folder))
-        files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-        return {
-            str(path.relative_to(root)): sha256_file(path) if path.suffix == ".png" else path.read_text()
-            for path in files
-        }
+        files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+        return {name: sha256_file(path) if path.suffix == ".png" else path.read_text() for name, path in files.items()}
 
 
 def steps(run: Run, metric: str) -> list[int]:
@@ -166,24 +154,20 @@ def ended(process: "subprocess.Popen[str]", code: int = 0) -> str:
 
 def answers(server: str) -> bool:
     """Whether a server is up."""
-    try:
+    with suppress(requests.ConnectionError):
         return requests.get(f"{server}/health", timeout=5).ok
-    except requests.ConnectionError:
-        return False
+    return False
 
 
 @contextmanager
 def serving(folder: Path, *words: str) -> Iterator[str]:
     """The address of a real `mlflow server` that works in a folder; `answers` tells whether it is up already."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     variables = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     variables |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *words]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, *words], cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -217,11 +201,8 @@ def place(tmp_path: Path, empty_store: Path) -> Workspace:
 def done(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Workspace:
     """Trained as a DVC experiment, evaluated twice with different params, and sampled."""
     place = Workspace(tmp_path_factory.mktemp("done") / "work space", empty_store)
-    for words in (
-        ["init", "-q"],
-        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "a"],
-    ):
-        subprocess.run(["git", *words], cwd=place.folder, check=True)
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"]):
+        run(["git", *words], place.folder)
     place.environment |= {"DVC_EXP_NAME": "wise-owl", "DVC_ROOT": str(place.folder)}
     train = place.train(hold=True)
     place.go_on(samples=1)

@@ -22,6 +22,7 @@ test: $(VENV)/test ## Install the test dependencies and run the tests (5 to 8 mi
 
 proof: $(VENV)/test ## Run the slow tests; they need root and the browser Chromium
 	python -m pytest -m proof
+	CHARGPT_FUZZ_CASES=3400 python -m pytest tests/commands/test_fuzz.py
 
 chaos: $(VENV)/test ## Kill the pipeline 200 times at random moments and compare its outputs (over half an hour)
 	python -m tests.chaos --kills 200

@@ -76,7 +76,8 @@ def run(
         message = f"{Path(words[0]).name} ended with exit code {code}"
         _log_failure(logs, mark, message, stderr.text)
         if received:
-            print(f"stages.{stage}: stopped by {signal.Signals(received[0]).name}", file=sys.stderr)
+            number = signal.SIGHUP if signal.SIGHUP in received else received[-1]  # SIGTERM may have followed SIGHUP
+            print(f"stages.{stage}: stopped by {signal.Signals(number).name}", file=sys.stderr)
         elif worker and (worker.code < 0 or not stderr.errors):  # a killed worker leaves no message of its own
             crash = torchrun.without_summary(stderr.text) if worker.code > 0 else ""
             when = f"after {seconds:.0f} s; run again to continue; details in {os.path.relpath(logs[0])}"

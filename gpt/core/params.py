@@ -19,6 +19,9 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 PositiveFloat = Annotated[float, Field(ge=1e-12, le=1e12)]
 Probability = Annotated[float, Field(ge=1e-12, le=1)]
 
+UNPARSABLE = (YAMLError, ValueError, RecursionError)  # of the parser, for a date such as 2026-99-99 and deep nesting
+MAX_BYTES = 100_000  # of a params file; parsing a large one takes minutes
+
 
 class Section(BaseModel):
     """A section of the params file: its keys, their types and bounds."""
@@ -43,13 +46,17 @@ def read_section(path: Path, name: str, section: type[S], changes: Sequence[str]
 
 def read_params(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Read a whole params file as plain values with `changes` applied; its sections are not checked."""
+    if path.is_file() and (size := path.stat().st_size) > MAX_BYTES:
+        raise UserError(
+            f"{path}: expected a params file of at most {MAX_BYTES:,} bytes, found {size:,}; correct the path"
+        )
     try:
         params = _yaml().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: expected a params file, found no file; start from one in presets/") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8, found {error.reason} at byte {error.start:,}; convert it") from None
-    except YAMLError as error:
+    except UNPARSABLE as error:
         raise UserError(f"{path}: expected YAML: {_yaml_problem(error)}; correct that line") from None
     if not isinstance(params, dict):
         raise UserError(
@@ -78,9 +85,9 @@ def check_section(path: Path, name: str, section: type[S], params: Mapping[str, 
         raise UserError(f"{path}: {_explain(name, section, found[0])}{more}") from None
 
 
-def suggestion(name: str, known: Mapping[str, Any]) -> str:
+def suggestion(name: object, known: Mapping[Any, Any]) -> str:
     """Return `; did you mean 'x'?` if a known name is similar, else an empty string."""
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(str(name), map(str, known), n=1)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
@@ -100,7 +107,7 @@ def _apply(params: dict[str, Any], change: str) -> None:
         raise UserError(f"--set {target}: unknown key{suggestion(key, params[section])}")
     try:
         params[section][key] = _yaml().load(value) if value.strip() else ""
-    except YAMLError as error:
+    except UNPARSABLE as error:
         raise UserError(f"--set {target}: expected a value in YAML: {_yaml_problem(error)}") from None
 
 
@@ -123,7 +130,7 @@ def _shown(value: object) -> str:
     return "null" if value is None else without_secrets(repr(value))
 
 
-def _yaml_problem(error: YAMLError) -> str:
+def _yaml_problem(error: Exception) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark:
         return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
     return " ".join(str(error).split())

@@ -114,12 +114,12 @@ def _create_memory(store: Store, key: str, timeout_s: float) -> tuple[socket.soc
         listener.bind(f"\0{address}")  # in Linux's abstract namespace: no file
         listener.listen(1)
         store.set(key, address)
-        connection = _accept_own(listener)
+        connection = accept_own(listener)
         socket.send_fds(connection, [b"."], [file.fileno()])
         return connection, mmap.mmap(file.fileno(), 0)
 
 
-def _accept_own(listener: socket.socket) -> socket.socket:
+def accept_own(listener: socket.socket) -> socket.socket:
     """Accept a connection of this user; others can see the address, and are refused."""
     while True:
         connection, _ = listener.accept()

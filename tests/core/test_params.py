@@ -48,6 +48,11 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"tokenize__ranks": []}, ["tokenize.ranks", "at least 1 item", "[]"]),
     ({"tokenize__ranks_sha256": None}, ["tokenize.ranks_sha256", "valid string", "null"]),
     ({"tokenize__ranks_sha256": "306c"}, ["tokenize.ranks_sha256", "{64}", "'306c'"]),
+    *[({f"{section}__seed": 2**64}, [f"{section}.seed", "less than"]) for section in ("train", "evaluate", "generate")],
+    ({"generate__temperature": 1e-50}, ["generate.temperature", "expected 0 or at least", "1e-50"]),
+    ({"generate__top_p": 1e-50}, ["generate.top_p", "greater than", "1e-50"]),
+    ({"generate__repetition_penalty": 1e-45}, ["generate.repetition_penalty", "greater than", "1e-45"]),
+    ({"model__block_size": 10**12}, ["model.block_size", "less than or equal to 65536"]),
 ]
 
 

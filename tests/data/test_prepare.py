@@ -2,8 +2,10 @@
 
 import base64
 import hashlib
+import random
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,25 @@ def test_truncated_token_files_are_refused(tmp_path: Path, name: str) -> None:
     path.unlink()
     with pytest.raises(UserError, match=f"{name}: .* found (0|no file)"):
         load_tokens(path.parent)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text_and_carriage_returns_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = made_up_text(900)
+    data = load_tokens(tokenized(tmp_path, "\ufeff" + text))
+    assert data.tokenizer.decode([*data.train, *data.val]) == text
+    assert "carriage returns" not in capsys.readouterr().out
+    data = load_tokens(tokenized(tmp_path, text.replace("\n", "\r\n")))
+    assert data.tokenizer.decode([*data.train, *data.val]) == text.replace("\n", "\r\n")
+    assert capsys.readouterr().out.count("carriage returns") == 1
+
+
+def test_bpe_learns_in_linear_time_from_a_text_without_spaces(tmp_path: Path) -> None:
+    """One piece of 80,000 characters took a minute."""
+    rng = random.Random(1)
+    text = "".join(chr(0x4E00 + min(int(rng.expovariate(0.02)), 999)) for _ in range(80_000))
+    began = time.process_time()
+    data = load_tokens(tokenized(tmp_path, text, kind="bpe", vocab_size=2000))
+    assert time.process_time() - began < 20
+    assert data.tokenizer.decode([*data.train, *data.val]) == text

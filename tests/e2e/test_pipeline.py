@@ -109,7 +109,7 @@ def test_an_invalid_parameter_stops_the_pipeline_with_one_line(project: Path) ->
     (project / "params.yaml").write_text(text)
     (line,) = (line for line in stderr.splitlines() if "generate.top_k" in line)
     assert "params.yaml" in line
-    assert "found the number -3" in line
+    assert "found -3" in line
     assert "exited with 2" in stderr
     assert "Traceback" not in stderr
 

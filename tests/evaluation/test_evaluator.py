@@ -67,3 +67,14 @@ def test_bits_and_memorization_are_measured_in_characters(
     assert [len(sample) for sample in samples] == [100] * 8
     assert "\ufffd" in "".join(samples)  # an untrained model generates invalid UTF-8
     assert real_texts == [text[middle + start :][:100] for start in range(0, 800, 100)]
+
+
+def test_overfitting_is_reported(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_params(n_layer=1, n_head=1, n_embd=8, block_size=16, ngram=1)
+    checkpoint = Checkpoint(model, data.tokenizer, GPT(model, data.meta.vocab_size).state_dict(), {})
+    assert "overfitting" not in evaluate(params=PARAMS, checkpoint=checkpoint, data=data).summary[-1]
+    monkeypatch.setattr(gpt.evaluation.evaluator, "token_losses", lambda *_: [torch.full((2, 16), 0.2)])
+    assert (
+        "overfitting: the loss on the training text is 0.200"
+        in (evaluate(params=PARAMS, checkpoint=checkpoint, data=data).summary[-1])
+    )

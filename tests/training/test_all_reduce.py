@@ -1,6 +1,10 @@
 """All-reduce between ranks: correct sums at any timing, and an error that names a lost peer."""
 
+import os
 import random
+import select
+import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
-from gpt.training.all_reduce import CHUNK_BYTES, SharedMemoryPeer
+from gpt.training.all_reduce import CHUNK_BYTES, SharedMemoryPeer, accept_own
 from gpt.training.distributed import Group, LostRankError
 
 Connect = Callable[..., list[SharedMemoryPeer]]
@@ -131,3 +135,19 @@ def test_a_silent_peer_is_an_error_after_the_timeout(connect: Connect) -> None:
 def test_a_peer_that_never_connects_is_an_error() -> None:
     with pytest.raises(TimeoutError):
         SharedMemoryPeer(HashStore(), 0, 1, timedelta(seconds=0.2))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_a_process_of_another_user_does_not_get_the_memory() -> None:
+    address = f"\0chargpt test {os.getpid()}"
+    connect = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({address!r}); print(s.recv(1))"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as own:
+        listener.bind(address)
+        listener.listen(2)
+        foreign = subprocess.Popen(["/usr/bin/env", "python3", "-c", connect], user=65534, stdout=subprocess.PIPE)
+        select.select([listener], [], [], 20)  # the other user is first
+        own.connect(address)
+        with accept_own(listener) as accepted:
+            accepted.send(b"!")
+            assert own.recv(1) == b"!"
+        assert foreign.communicate(timeout=20)[0] == b"b''\n"

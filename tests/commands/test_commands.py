@@ -101,7 +101,7 @@ def test_generate_options_prompt_file_stop_and_no_cache(run_main: RunMain, train
     assert " " not in ended.removeprefix("the quick\nbrown ")
     for option, value in (("--top-p", "0"), ("--repetition-penalty", "0"), ("--stop", "")):
         printed = generate(option, value, code=2)
-        assert option in printed or f"generate.{option[2:]}" in printed
+        assert option in printed or f"generate.{option[2:].replace('-', '_')}" in printed
     prompts.write_bytes(b"\xff")
     assert "expected UTF-8, found invalid start byte at byte 0" in generate(code=2)
 

@@ -109,8 +109,9 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     """Load the tokenizer of the checkpoint that training starts from; its `encode` reports unknown characters."""
     if not path.is_file():
         raise UserError(
-            f"tokenize.init_from: expected a tokenizer.json, found no file {path}; copy it from data/tokens, which "
-            "this stage overwrites, or set the key to null"
+            f"tokenize.init_from: expected a tokenizer.json, found no file {path} in {Path.cwd()}; copy it from "
+            "data/tokens, which this stage overwrites, and give the absolute path, which experiments with --temp and "
+            "--queue need, or set the key to null"
         )
     return tokenizer_from_json(read_json(path))
 

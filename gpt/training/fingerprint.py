@@ -40,7 +40,8 @@ def _digest_of_init_checkpoint(init_from: object) -> str | None:
         return None
     if not Path(init_from).is_file():
         raise UserError(
-            f"train.init_from: expected a trained model, found no file {init_from}; correct the path, or set it to null"
+            f"train.init_from: expected a trained model, found no file {init_from} in {Path.cwd()}; give the absolute "
+            "path, which experiments with --temp and --queue need, or set it to null"
         )
     return sha256_file(Path(init_from))
 

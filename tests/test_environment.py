@@ -1,0 +1,58 @@
+"""Unusual environments: other shells and encodings, missing packages, variables that other programs have left."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.core.errors import UserError
+from gpt.training.distributed import process_group
+from stages import torchrun
+from tests.conftest import RunMain
+from tests.support.common import ROOT, environment, only_line, run, train_line, write_params
+
+
+def test_make_gives_dvc_a_shell_and_the_code_of_this_folder() -> None:
+    show = ["--eval", 'show: ; @echo "$$SHELL [$$PYTHONSAFEPATH]"', "show"]
+    variables = environment(SHELL="/usr/sbin/nologin", PYTHONSAFEPATH="1")
+    found = subprocess.run(["make", "-s", *show], cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
+    assert found.stdout == "/bin/sh []\n"
+
+
+@pytest.mark.parametrize("module", ["gpt", "stages.train"])
+def test_an_interpreter_without_the_packages_is_named(module: str) -> None:
+    """As with `.venv/bin/dvc repro` where the environment is not activated; -S hides the installed packages."""
+    command = [sys.executable, "-S", "-m", module]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr.count("\n") == 1
+    assert f"{sys.executable}; activate the environment: . .venv/bin/activate" in found.stderr
+
+
+def test_characters_that_the_output_lacks_are_replaced(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gpt", "check-params", "é.yaml"]
+    found = run(command, tmp_path, code=2, env=environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0"))
+    assert "?.yaml: expected a params file" in only_line(found.stderr)
+
+
+def test_a_rendezvous_left_in_the_shell_is_ignored_without_torchrun(
+    run_main: RunMain, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    write_params(tmp_path / "params.yaml", train__max_steps=1)
+    run_main(*train_line(tokens))
+
+
+def test_half_a_rendezvous_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match="MASTER_PORT"), process_group(torch.device("cpu"), timeout_s=1):
+        pass
+
+
+def test_without_a_loopback_interface_training_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchrun, "LOOPBACK", "192.0.2.1")  # no address of this machine
+    with pytest.raises(UserError, match="expected a loopback interface"):
+        torchrun.training_environment(1)

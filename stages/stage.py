@@ -11,11 +11,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt.core.errors import without_secrets
 from gpt.core.files import sha256_file
 from gpt.core.params import read_params
 from stages import child, run_record
 from stages.command_line import CommandLine
-from stages.publish import Publisher, publish_run, without_credentials
+from stages.publish import Publisher, publish_run
 from stages.run_record import Record
 
 if TYPE_CHECKING:
@@ -153,6 +154,5 @@ def logged_params(command: CommandLine, *sections: str) -> dict[str, str]:
         return {}
     params = read_params(file, command.changes)
     if isinstance(params.get("download"), dict) and isinstance(sources := params["download"].get("sources"), list):
-        shown = [without_credentials(str(source)).partition("?") for source in sources]
-        params["download"]["sources"] = [address + ("?…" if query else "") for address, _, query in shown]
+        params["download"]["sources"] = [without_secrets(str(source)) for source in sources]
     return run_record.flatten(params, sections)

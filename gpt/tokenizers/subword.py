@@ -4,6 +4,7 @@ The library is imported only to train and to encode; decoding does not need it.
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +72,10 @@ class BpeTokenizer(Tokenizer):
         engine = _make_engine(models.BPE())
         alphabet = list(CHARACTER_TO_BYTE)
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=MIN_FREQUENCY, initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size,
+            min_frequency=MIN_FREQUENCY,
+            initial_alphabet=alphabet,
+            show_progress=sys.stderr.isatty(),
         )
         engine.train_from_iterator(chunks, trainer)
         return cls(tuple(" ".join(pair) for pair in json.loads(engine.to_str())["model"]["merges"]))
@@ -139,7 +143,7 @@ class WordPieceTokenizer(Tokenizer):
             # As special tokens, for a fixed order: otherwise their IDs, which break ties, differ from run to run.
             special_tokens=[prefix + character for character in alphabet],
             continuing_subword_prefix=prefix,
-            show_progress=False,
+            show_progress=sys.stderr.isatty(),
         )
         engine.train_from_iterator(chunks, trainer)
         ids = engine.get_vocab()

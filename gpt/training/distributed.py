@@ -6,6 +6,7 @@ commutative but not associative, so a fixed tree gives equal bits for 1, 2, 4, â
 """
 
 import ctypes
+import io
 import os
 import signal
 import socket
@@ -81,11 +82,22 @@ class Group:
             tensor.copy_(part.view(tensor.dtype).view_as(tensor))
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every rank: plain values and tensors on the CPU."""
-        values = [value]
+        """Return rank 0's value on every rank: plain values and tensors on the CPU.
+
+        `broadcast_object_list` would unpickle, and so run, whatever the other end of the connection sends.
+        """
+        file = io.BytesIO()
+        if self.is_main:
+            torch.save(value, file)
+        length = torch.tensor([file.tell()], device=self.device)
         with self.collective():
-            dist.broadcast_object_list(values, src=0, device=self.device)
-        return values[0]
+            dist.broadcast(length, src=0)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            content.copy_(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+        with self.collective():
+            dist.broadcast(content, src=0)
+        return torch.load(io.BytesIO(content.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
 
     @contextmanager
     def collective(self, peer: int | None = None) -> Iterator[None]:

@@ -24,7 +24,7 @@ proof: $(VENV)/test ## Run the slow tests; they need root and the browser Chromi
 	python -m pytest -m proof
 	CHARGPT_FUZZ_CASES=3400 python -m pytest tests/commands/test_fuzz.py
 
-chaos: $(VENV)/test ## Kill the pipeline 200 times at random moments and compare its outputs (over half an hour)
+chaos: $(VENV)/test ## Kill the pipeline 200 times at random moments and compare its outputs (one to two hours)
 	python -m tests.chaos --kills 200
 
 bench: $(VENV)/pipeline ## Compare with nanoGPT, profile training steps, measure the cost of reproducibility (20 minutes)

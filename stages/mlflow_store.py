@@ -64,7 +64,7 @@ class Store:
                 if not self._file:
                     raise
                 reason = str(error).partition("\n")[0].replace("<database_uri>", address)
-                raise UserError(f"{reason}; or delete {self._file.name} (sync rebuilds it)") from error
+                raise UserError(f"{reason}; if this persists, delete {self._file.name} (sync rebuilds it)") from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -102,7 +102,8 @@ class Store:
     def _checked(self, experiment: Experiment) -> str:
         """The id of an experiment that can be written to; in our own store, its artifacts are in our root."""
         location = urlsplit(experiment.artifact_location)
-        elsewhere = location.scheme in ("", "file") and not Path(unquote(location.path)).is_relative_to(self.root)
+        folder = Path(unquote(location.path)).resolve()
+        elsewhere = location.scheme in ("", "file") and not folder.is_relative_to(self.root.resolve())
         if experiment.lifecycle_stage != "active":
             command = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
             raise UserError(f"the experiment {EXPERIMENT!r} was deleted in MLflow; to restore it: {command}")

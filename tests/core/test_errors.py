@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from gpt.core.cli import log, logging_to
-from gpt.core.errors import printable
+from gpt.core.errors import UserError, printable
+from gpt.core.files import explain_os_errors
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,10 @@ def test_a_message_cannot_add_lines_to_the_log(tmp_path: Path) -> None:
     lines = (tmp_path / "log").read_text().splitlines()
     assert len(lines) == 3
     assert lines[1].endswith(r"prompt a\n2026-01-01 00:00:00 INFO train: forged\x1b[2J")
+
+
+def test_a_full_disk_is_reported_with_path_and_free_space() -> None:
+    full = Path("/dev/full")
+    with pytest.raises(UserError, match=r"/dev/full.* free") as error, explain_os_errors(full):
+        full.write_text("x")
+    assert error.value.exit_code == 2

@@ -16,7 +16,7 @@ from stages import run_record
 from stages.run_record import HistoryReader
 
 if TYPE_CHECKING:
-    from stages.mlflow_store import Store
+    from stages.tracking.store import Store
 
 SQLITE = "sqlite:///"
 LONGEST_ERROR = 1000  # characters
@@ -44,7 +44,7 @@ def connect(root: Path) -> "Store":
         os.environ.setdefault(name, value)
     for name in ("no_proxy", "NO_PROXY"):  # a proxy cannot reach a server on this machine's loopback interface
         os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "localhost", "127.0.0.1", "::1"])
-    store: Store = fast_import("stages.mlflow_store").Store(tracking_uri(root), root)
+    store: Store = fast_import("stages.tracking.store").Store(tracking_uri(root), root)
     return store
 
 

@@ -20,7 +20,7 @@ from stages.publish import Publisher, publish_run
 from stages.run_record import Record
 
 if TYPE_CHECKING:
-    from stages.mlflow_store import Store
+    from stages.tracking.store import Store
 
 
 class Stage:

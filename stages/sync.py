@@ -16,7 +16,7 @@ from stages.publish import brief, connect, publish_run, tracking_uri, without_cr
 from stages.run_record import Record
 
 if TYPE_CHECKING:
-    from stages.mlflow_store import Store
+    from stages.tracking.store import Store
 
 
 def main(_arguments: Sequence[str]) -> int:

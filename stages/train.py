@@ -20,7 +20,8 @@ from stages.run_record import HistoryReader, Record
 from stages.stage import Stage, provenance
 
 if TYPE_CHECKING:
-    from stages.mlflow_store import Store, TrackedRun
+    from stages.tracking.store import Store
+    from stages.tracking.tracked_run import TrackedRun
 
 METRICS = {"val_loss": "best_val_loss", "best_step": "best_step"}  # of metrics/train.json, without a series by step
 

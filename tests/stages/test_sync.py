@@ -14,9 +14,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from gpt.core.files import sha256_file
-from stages import mlflow_store, sync
+from stages import sync
 from stages.publish import tracking_uri
 from stages.run_record import Record, save
+from stages.tracking import store as tracking_store
+from stages.tracking import tracked_run
 from tests.support.common import environment, wait_for
 from tests.support.workspace import Run, Workspace, answers, runs_in, steps
 
@@ -56,7 +58,7 @@ def store(
 
 def log_half(runs: list[Run], client: MlflowClient) -> None:
     """Log the runs with all tags, but half of the metrics and params and no artifacts."""
-    experiment = client.create_experiment(mlflow_store.EXPERIMENT)
+    experiment = client.create_experiment(tracking_store.EXPERIMENT)
     for run in runs:
         tags = {k: v for k, v in run["tags"].items() if not k.startswith("mlflow.")}
         created = client.create_run(experiment, run["times"][0], tags, run["name"]).info.run_id
@@ -72,7 +74,7 @@ def test_missing_content_is_published_and_nothing_else_changes(
         assert (code, capsys.readouterr().out[: len(message) or None]) == (0, message), found
         return found
 
-    monkeypatch.setattr(mlflow_store, "EXPERIMENT", "one after the other")
+    monkeypatch.setattr(tracking_store, "EXPERIMENT", "one after the other")
     kept[1].rename("away")
     (only,) = synced("stages.sync: published 1 of 1 run(s) to ")
     Path("away").rename(kept[1])
@@ -80,10 +82,10 @@ def test_missing_content_is_published_and_nothing_else_changes(
     whole = synced("stages.sync: published 1 of 2 run(s) to ")
     assert only in whole
     assert synced("") == whole
-    monkeypatch.setattr(mlflow_store, "EXPERIMENT", "half")
+    monkeypatch.setattr(tracking_store, "EXPERIMENT", "half")
     log_half(whole, store)
     assert synced("stages.sync: published 2 of 2 run(s) to ") == whole
-    monkeypatch.setattr(mlflow_store, "EXPERIMENT", "nothing")
+    monkeypatch.setattr(tracking_store, "EXPERIMENT", "nothing")
     assert synced("stages.sync: published 2 of 2 run(s) to ") == whole
     assert steps(only, "train_loss") == list(range(12))
     assert only["artifacts"]["w.pt"] == "weights"
@@ -113,8 +115,8 @@ def test_changes_are_published_and_a_users_edits_are_kept(
     """Also: the checkpoint from DVC's cache, and the run of an evaluation without run folder becomes this run."""
     shutil.copyfile(empty_store, "mlflow.db")
     client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
-    monkeypatch.setattr(mlflow_store, "EXPERIMENT", "changes")
-    monkeypatch.setattr(mlflow_store, "dvc_cache", lambda root: root / "cache")
+    monkeypatch.setattr(tracking_store, "EXPERIMENT", "changes")
+    monkeypatch.setattr(tracked_run, "dvc_cache", lambda root: root / "cache")
     shutil.rmtree(kept[1])
     cached = Path("cache/files/md5", MD5[:2], MD5[2:])
     cached.parent.mkdir(parents=True)
@@ -142,7 +144,7 @@ def test_a_deleted_experiment_is_named_and_after_its_restoration_published_once(
     shutil.copyfile(empty_store, "mlflow.db")
     client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    experiment = client.create_experiment(mlflow_store.EXPERIMENT, (Path.cwd() / "mlruns").as_uri())
+    experiment = client.create_experiment(tracking_store.EXPERIMENT, (Path.cwd() / "mlruns").as_uri())
     client.delete_experiment(experiment)
     assert sync.main([]) == 1
     assert f"mlflow experiments restore --experiment-id {experiment}" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from mlflow import MlflowClient, entities
 
 from gpt.core.files import sha256_file
 from gpt.training.fingerprint import run_key
-from stages import mlflow_store
+from stages.tracking import store as tracking_store
 from tests.support import fake_gpt
 from tests.support.common import environment, free_port, run, wait_for
 
@@ -103,7 +103,7 @@ class Workspace:
 
 def runs_in(client: MlflowClient) -> list[Run]:
     """All that the store holds of our runs, the oldest first, without random ids."""
-    experiment = client.get_experiment_by_name(mlflow_store.EXPERIMENT)
+    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT)
     ids = [experiment.experiment_id] if experiment else []
     found = client.search_runs(ids, order_by=["attributes.start_time ASC"]) if ids else []
     return [_contents(client, run) for run in found]

@@ -1,127 +1,35 @@
-"""The only module that imports MLflow: the tracking store, and one run in it. Client calls only, no active run.
-
-The import takes more than a second: stages do it while their child runs (`stages.publish.connect`).
-"""
+"""One MLflow run, made equal to the files of a run folder."""
 
 import hashlib
-import logging
 import shutil
-import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Any
 
-from alembic.util.exc import CommandError
-from filelock import FileLock
-from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.tracking import MlflowClient
-from sqlalchemy.exc import SQLAlchemyError
 
 from gpt.core.errors import UserError
 from gpt.core.files import canonical_json, sha256_file
 from stages.description import description
-from stages.publish import SQLITE
 from stages.run_record import Point, Record, artifacts, digest, dvc_cache
 
-EXPERIMENT = "chargpt"
+if TYPE_CHECKING:
+    from stages.tracking.store import Store
+
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36  # limits of MLflow
 MONITOR_END_S = 5
 NOTE = "mlflow.note.content"  # the tag with a run's description
 
 
-class Store:
-    """A tracking store and our experiment in it.
-
-    Opening creates the store and the experiment if they are missing, under a lock: processes that create one SQLite
-    store at the same time damage it permanently.
-
-    Raises:
-        UserError: MLflow cannot open the SQLite file; the text names the remedy.
-    """
-
-    def __init__(self, address: str, root: Path) -> None:
-        self.root = root
-        for name in ("mlflow.store.db.utils", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # no line for every table
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
-        self._file = Path(address.removeprefix(SQLITE).partition("?")[0]) if address.startswith(SQLITE) else None
-        with self.lock():
-            try:
-                self.client = MlflowClient(address)
-                found = self.client.get_experiment_by_name(EXPERIMENT)
-                self._experiment = self._checked(found) if found else self._create_experiment(address)
-                if self._file:
-                    with closing(sqlite3.connect(self._file)) as database:
-                        database.execute("PRAGMA journal_mode=WAL")  # persistent; parallel writers wait less
-            except (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error) as error:
-                if not self._file:
-                    raise
-                reason = str(error).partition("\n")[0].replace("<database_uri>", address)
-                raise UserError(f"{reason}; if this persists, delete {self._file.name} (sync rebuilds it)") from error
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Exclude the other processes of this workspace from creating and describing runs."""
-        folder = self.root / ".runs"
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "store.lock", timeout=60):
-            yield
-
-    def find(self, tag: str, value: str) -> "TrackedRun | None":
-        """The newest run with this tag."""
-        return next((TrackedRun(self, run) for run in self._search(tag, value)), None)
-
-    def find_or_create(self, tag: str, value: str, record: Record) -> "TrackedRun":
-        """The run with this tag; created with the record's name and start time if there is none.
-
-        A run that an evaluation created for the record's checkpoint, without a run folder, becomes this run. Under
-        the lock, so that two processes never create it twice.
-        """
-        with self.lock():
-            if found := self.find(tag, value):
-                return found
-            evaluated = self._search("checkpoint.sha256", record.checkpoint) if record.checkpoint else []
-            for run in evaluated:
-                if tag not in run.data.tags:
-                    self.client.set_tag(run.info.run_id, tag, value, synchronous=True)
-                    return TrackedRun(self, self.client.get_run(run.info.run_id))
-            began = int(record.began * 1000)
-            return TrackedRun(self, self.client.create_run(self._experiment, began, {tag: value}, record.name))
-
-    def _search(self, tag: str, value: str) -> Sequence[Run]:
-        newest, query = ["attributes.start_time DESC"], f"tags.`{tag}` = '{value}'"
-        return list(self.client.search_runs([self._experiment], query, order_by=newest))
-
-    def _checked(self, experiment: Experiment) -> str:
-        """The id of an experiment that can be written to; in our own store, its artifacts are in our root."""
-        location = urlsplit(experiment.artifact_location)
-        folder = Path(unquote(location.path)).resolve()
-        elsewhere = location.scheme in ("", "file") and not folder.is_relative_to(self.root.resolve())
-        if experiment.lifecycle_stage != "active":
-            command = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
-            raise UserError(f"the experiment {EXPERIMENT!r} was deleted in MLflow; to restore it: {command}")
-        if elsewhere and self._file == self.root / "mlflow.db":
-            text = f"mlflow.db belongs to another folder: its artifacts are in {location.path}"
-            raise UserError(f"{text}; delete mlflow.db (sync rebuilds it)")
-        return str(experiment.experiment_id)
-
-    def _create_experiment(self, address: str) -> str:
-        """Create the experiment with a permanent artifact location: in our root, or the default of a server."""
-        remote = not address.startswith(("sqlite:", "file:", "/"))
-        return str(self.client.create_experiment(EXPERIMENT, None if remote else (self.root / "mlruns").as_uri()))
-
-
 class TrackedRun:
     """The MLflow run of one trained model. All operations are idempotent."""
 
-    def __init__(self, store: Store, run: Run) -> None:
+    def __init__(self, store: "Store", run: Run) -> None:
         self._store, self._client = store, store.client
         self.id: str = run.info.run_id
         self.changed = False

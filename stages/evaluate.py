@@ -18,9 +18,8 @@ class Evaluate(CheckpointStage):
         super().__init__(command.with_default("--pictures", temporary / "plots"), temporary)
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of the command with a prefix."""
-        found = read_json(self.command.path("--metrics"))
-        return {f"eval_{name}": float(value) for name, value in found.items()}
+        """The metrics of the command."""
+        return {name: float(value) for name, value in read_json(self.command.path("--metrics")).items()}
 
     def artifacts(self) -> dict[str, Path | str]:
         """The plots of the command."""

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from stages.tracking.store import Store
     from stages.tracking.tracked_run import TrackedRun
 
-METRICS = {"val_loss": "best_val_loss", "best_step": "best_step"}  # of metrics/train.json, without a series by step
-
 
 def main(words: Sequence[str]) -> int:
     """Train and publish; returns the command's exit code.
@@ -112,10 +110,8 @@ class Train(Stage):
         if status == "FINISHED" and checkpoint.is_file():
             metrics, sha256 = _read(self.command.path("--metrics")), sha256_file(checkpoint)
             tags["checkpoint.sha256"] = sha256
-            if "parameters" in metrics:
-                tags["parameters"] = str(metrics["parameters"])
             results = {"checkpoint": sha256, "checkpoint_file": str(checkpoint), "checkpoint_md5": _md5(checkpoint)}
-            results["metrics"] = {name: metrics[key] for key, name in METRICS.items() if key in metrics}
+            results["metrics"] = {name: float(value) for name, value in metrics.items()}
         dataset = _read(self.command.path("--tokens") / "meta.json")
         changes = self.command.changes
         return self.record(status=status, tags=tags, params=self.params, changes=changes, dataset=dataset, **results)

@@ -68,13 +68,15 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     corpus = data.tokenizer.decode(data.train.tolist())
     copies, reference = find_copies(samples, corpus), find_copies(real_texts, corpus)
     metrics = {
-        "bits_per_char": bits,
-        "calibration_error": calibration_error(calibration),
-        "longest_copy": len(copies.longest),
-        "copied": copies.share,
+        "eval/bits_per_char": bits,
+        "eval/calibration_error": calibration_error(calibration),
+        "eval/longest_copy": len(copies.longest),
+        "eval/copied": copies.share,
     }
     loss = nats / len(data.val)
-    accuracy = f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['calibration_error']:.1%}"
+    accuracy = (
+        f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['eval/calibration_error']:.1%}"
+    )
     return Evaluation(
         metrics,
         loss_by_position(by_batch),

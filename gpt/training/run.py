@@ -118,8 +118,8 @@ def _initial_model(params: TrainParams, model: ModelConfig, data: TokenData) -> 
     """A model with random weights, or with those of the init checkpoint."""
     torch.manual_seed(seed_of(params.seed))
     initial = make_model(model, data.meta.vocab_size)
-    if params.init_from:
-        initial.load_state_dict(dict(load_init_checkpoint(Path(params.init_from), model, data.tokenizer).weights))
+    if path := params.init_file("train", "copy a trained checkpoint"):
+        initial.load_state_dict(dict(load_init_checkpoint(path, model, data.tokenizer).weights))
     return initial
 
 
@@ -172,10 +172,10 @@ def _write(trainer: Trainer, outputs: Outputs, history: History) -> None:
     history.write_csv(outputs.history, outputs.validation)
     assert progress.best_loss is not None  # there is an evaluation at the last step
     metrics = {
-        "train_loss": {record.step: record.train_loss for record in history.records}[progress.best_step],
-        "val_loss": progress.best_loss,
-        "best_step": progress.best_step,
-        "parameters": count_parameters(trainer.model),
+        "val/best_loss": progress.best_loss,
+        "val/best_step": progress.best_step,
+        "train/loss_at_best_step": {record.step: record.train_loss for record in history.records}[progress.best_step],
+        "model/parameters": count_parameters(trainer.model),
     }
     write_metrics(outputs.metrics, metrics)
     steps = f"step {progress.best_step:,} of {progress.step:,}"

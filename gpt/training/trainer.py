@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gpt.core.errors import StoppedError, UserError
-from gpt.core.params import Count, PositiveFloat, Seed
+from gpt.core.params import Count, InitSection, PositiveFloat, Seed
 from gpt.data.dataset import evaluation_windows, random_windows, shuffled_windows
 from gpt.data.loss import Batch, token_losses
 from gpt.data.token_files import TokenData
@@ -28,12 +28,11 @@ MAX_LOSS = 10  # times the loss of a uniform prediction; above it the training h
 EVALUATION_TOKENS = 2048  # in a batch; a constant, since the batch size changes the bits of the loss
 
 
-class TrainParams(OptimizerParams):
+class TrainParams(OptimizerParams, InitSection):
     """The section `train`."""
 
     batch_size: int = Field(ge=1, le=1 << 16)
     windows: Literal["shuffled", "random"]
-    init_from: str | None = Field(min_length=1)
     weight_average: float = Field(ge=0, lt=1)
     grad_clip: PositiveFloat
     precision: Literal["float32", "bfloat16"]

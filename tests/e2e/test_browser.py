@@ -83,7 +83,7 @@ def test_the_description_shows_metrics_a_sample_and_commands(run_page: Page, pro
     run_page.get_by_role("button", name="Expand description").click()
     description = run_page.get_by_test_id("note-editor-preview-content")
     metrics = json.loads((project / "metrics" / "evaluate.json").read_text())
-    expect(description.get_by_role("cell", name=f"{metrics['bits_per_char']:.4f}").first).to_be_visible()
+    expect(description.get_by_role("cell", name=f"{metrics['eval/bits_per_char']:.4f}").first).to_be_visible()
     blocks = [block.strip() for block in description.locator("pre").all_inner_texts()]
     assert (project / "generation_out.txt").read_text().strip() in blocks
     (found,) = runs(project)
@@ -97,7 +97,7 @@ def test_the_description_shows_metrics_a_sample_and_commands(run_page: Page, pro
 @pytest.mark.parametrize(
     ("tab", "metrics"),
     [
-        ("Model metrics", ["train_loss", "val_loss", "learning_rate", "eval_bits_per_char"]),
+        ("Model metrics", ["train/loss", "val/loss", "train/learning_rate", "eval/bits_per_char"]),
         ("System metrics", ["system/cpu_utilization_percentage", "system/system_memory_usage_percentage"]),
     ],
 )

@@ -11,8 +11,8 @@ TRAIN = Record(
     stage="train",
     began=0,
     ended=7,
-    tags={"git.commit": "c0ffee" * 7, "git.changed": "gpt/model.py, a|b.py", "parameters": "12345"},
-    metrics={"best_val_loss": 1.63, "best_step": 2500.0},
+    tags={"git.commit": "c0ffee" * 7, "git.changed": "gpt/model.py, a|b.py"},
+    metrics={"val/best_loss": 1.63, "val/best_step": 2500.0},
     changes=["train.seed=2"],
     checkpoint="ab" * 32,
     checkpoint_file="my weights.pt",
@@ -23,7 +23,7 @@ TRAIN = Record(
 def run(tmp_path: Path) -> Path:
     """A run folder after training and evaluation."""
     save(tmp_path, TRAIN, {})
-    metrics = {"eval_new_metric": 7, "eval_bits_per_char": 1.5}
+    metrics = {"eval/new_metric": 7, "eval/bits_per_char": 1.5}
     save(tmp_path, Record(stage="evaluate", began=0, ended=1, metrics=metrics), {})
     return tmp_path
 
@@ -34,7 +34,12 @@ def test_metrics_and_commands(run: Path) -> None:
     assert "gpt/model.py, a\\|b.py" in text
     rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| ")]
     found = {name.strip(): value.strip() for name, value in rows}
-    expected = {"eval_new_metric": "7", "eval_bits_per_char": "1.5000", "best_val_loss": "1.6300", "best_step": "2,500"}
+    expected = {
+        "eval/new_metric": "7",
+        "eval/bits_per_char": "1.5000",
+        "val/best_loss": "1.6300",
+        "val/best_step": "2,500",
+    }
     assert expected.items() <= found.items()
     commands = text.replace(" \\\n ", "")
     for line in (

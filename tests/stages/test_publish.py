@@ -24,7 +24,7 @@ def test_two_wrappers_that_create_the_store_at_the_same_time(server: str, tmp_pa
     assert [ended(process) for process in both] == ["", ""]
     runs = place.runs()
     assert {run["params"]["train.seed"] for run in runs} == {"1", "2"}
-    assert [steps(run, "train_loss") for run in runs] == [list(range(12))] * 2
+    assert [steps(run, "train/loss") for run in runs] == [list(range(12))] * 2
 
 
 def test_tags_params_and_dataset_of_a_trained_model(done: Workspace) -> None:
@@ -37,7 +37,6 @@ def test_tags_params_and_dataset_of_a_trained_model(done: Workspace) -> None:
         "git.commit": commit.stdout.strip(),
         "mlflow.source.git.commit": commit.stdout.strip(),
         "dvc.exp_name": "wise-owl",
-        "parameters": "99",
         "evaluate.batch_size": "8",
         "generate.prompts": '["ROMEO:"]',
     }
@@ -63,14 +62,14 @@ def test_tags_params_and_dataset_of_a_trained_model(done: Workspace) -> None:
 
 def test_metrics_at_their_recorded_steps_and_times(done: Workspace) -> None:
     (run,) = done.runs()
-    for metric in ("train_loss", "learning_rate", "grad_norm", "tokens_per_second"):
+    for metric in ("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second"):
         assert steps(run, metric) == list(range(12))
-    assert [(step, time) for step, time, _ in run["metrics"]["val_loss"]][1] == (5, 1763700000625)
-    assert steps(run, "val_loss") == [0, 5, 10]
+    assert [(step, time) for step, time, _ in run["metrics"]["val/loss"]][1] == (5, 1763700000625)
+    assert steps(run, "val/loss") == [0, 5, 10]
     assert len(steps(run, "system/cpu_utilization_percentage")) > 0
-    final = {"best_val_loss": 1.5, "best_step": 10, "eval_loss": 1.25, "eval_characters": 7}
+    final = {"val/best_loss": 1.5, "val/best_step": 10, "eval/loss": 1.25, "eval/characters": 7}
     assert {name: values(run, name)[-1] for name in final} == final
-    assert values(run, "eval_loss") == [1.5, 1.25]
+    assert values(run, "eval/loss") == [1.5, 1.25]
 
 
 def test_artifacts_of_a_trained_model(done: Workspace) -> None:
@@ -79,10 +78,10 @@ def test_artifacts_of_a_trained_model(done: Workspace) -> None:
     assert {name: content for name, content in run["artifacts"].items() if name not in special} == {
         "w.pt": "weights",
         "params.yaml": PARAMS,
-        "history.csv": "step,train_loss\n",
-        "validation.csv": "step,val_loss\n",
+        "history.csv": "step,train/loss\n",
+        "validation.csv": "step,val/loss\n",
         "train.json": (done.folder / "m/train.json").read_text(),
-        "evaluate.json": '{"loss": 1.25, "characters": 7}',
+        "evaluate.json": '{"eval/loss": 1.25, "eval/characters": 7}',
         "positions.csv": "position,loss\n1,2\n",
         "calibration.csv": "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n",
         "text.txt": "ROMEO: hm\n",
@@ -108,7 +107,7 @@ def test_a_refused_command_changes_no_run_and_gets_its_options(done: Workspace) 
 
 def test_every_step_once_after_a_kill_and_a_rerun(place: Workspace) -> None:
     wrapper = place.train(steps=8, hang=True)
-    wait_for(lambda: (runs := place.runs()) and steps(runs[0], "train_loss") == list(range(8)))  # live
+    wait_for(lambda: (runs := place.runs()) and steps(runs[0], "train/loss") == list(range(8)))  # live
     wait_for(lambda: steps(place.runs()[0], "system/cpu_utilization_percentage"))
     assert place.runs()[0]["status"] == "RUNNING"
     os.kill(place.child()["pid"], signal.SIGKILL)
@@ -122,8 +121,8 @@ def test_every_step_once_after_a_kill_and_a_rerun(place: Workspace) -> None:
     samples = steps(run, "system/cpu_utilization_percentage")
     assert samples == list(range(len(samples)))
     assert run["status"] == "FINISHED"
-    assert steps(run, "train_loss") == list(range(12))
-    assert set(killed["metrics"]["train_loss"]) <= set(run["metrics"]["train_loss"])
+    assert steps(run, "train/loss") == list(range(12))
+    assert set(killed["metrics"]["train/loss"]) <= set(run["metrics"]["train/loss"])
 
 
 def test_signals_leave_no_orphans_and_sync_corrects_the_runs_of_killed_wrappers(place: Workspace) -> None:
@@ -132,7 +131,7 @@ def test_signals_leave_no_orphans_and_sync_corrects_the_runs_of_killed_wrappers(
     def status() -> list[str]:
         return [run["status"] for run in sorted(place.runs(), key=lambda run: str(run["params"]["train.seed"]))]
 
-    wait_for(lambda: [steps(run, "train_loss") for run in place.runs()] == [[0]] * 3)
+    wait_for(lambda: [steps(run, "train/loss") for run in place.runs()] == [[0]] * 3)
     stopped.send_signal(signal.SIGINT)
     (child,) = psutil.Process(killed.pid).children()
     killed.kill()
@@ -168,7 +167,7 @@ def test_a_store_that_becomes_available_before_the_end_gets_everything(place: Wo
     wrapper.send_signal(signal.SIGTERM)
     assert ended(wrapper, 75) == "stages.train: stopped by SIGTERM\n"
     (run,) = place.runs()
-    assert (run["status"], steps(run, "train_loss")) == ("KILLED", [0, 1, 2])
+    assert (run["status"], steps(run, "train/loss")) == ("KILLED", [0, 1, 2])
 
 
 def test_a_refused_command_leaves_its_message_and_no_run(place: Workspace) -> None:
@@ -212,8 +211,8 @@ def test_a_server_that_is_down_costs_a_line_and_sync_publishes_later(place: Work
     assert ended(place.sync()) == ""
     assert runs_in(client) == first
     (run,) = first
-    assert {"eval_loss", "best_val_loss"} <= set(run["metrics"])
-    assert steps(run, "train_loss") == list(range(12))
+    assert {"eval/loss", "val/best_loss"} <= set(run["metrics"])
+    assert steps(run, "train/loss") == list(range(12))
     assert {"w.pt", "params.yaml", "evaluate.json", "pictures/attention.png"} <= set(run["artifacts"])
 
 

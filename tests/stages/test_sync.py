@@ -87,7 +87,7 @@ def test_missing_content_is_published_and_nothing_else_changes(
     assert synced("stages.sync: published 2 of 2 run(s) to ") == whole
     monkeypatch.setattr(tracking_store, "EXPERIMENT", "nothing")
     assert synced("stages.sync: published 2 of 2 run(s) to ") == whole
-    assert steps(only, "train_loss") == list(range(12))
+    assert steps(only, "train/loss") == list(range(12))
     assert only["artifacts"]["w.pt"] == "weights"
     assert [run["artifacts"].get("dvc.lock") for run in whole] == [None, Path("dvc.lock").read_text()]
 
@@ -103,9 +103,9 @@ def test_sync_rebuilds_what_the_stages_published(
     assert sync.main([]) == 0
     ((before,), (rebuilt,)) = done.runs(), runs_in(MlflowClient(f"sqlite:///{tmp_path / 'new.db'}"))
     for run in (before, rebuilt):
-        names = [name for name in run["metrics"] if name.startswith(("system/", "eval_"))]
+        names = [name for name in run["metrics"] if name.startswith(("system/", "eval/"))]
         latest = {name: max(run["metrics"].pop(name), key=lambda point: point[1])[2] for name in names}
-        run["evaluation"] = {name: value for name, value in latest.items() if name.startswith("eval_")}
+        run["evaluation"] = {name: value for name, value in latest.items() if name.startswith("eval/")}
     assert rebuilt == before
 
 
@@ -188,7 +188,7 @@ def test_artifacts_that_cannot_be_stored_are_added_later(
     client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     Path("mlruns").unlink()
     (without,) = runs_in(client)
-    assert (without["status"], without["artifacts"], steps(without, "train_loss")) == ("FINISHED", {}, list(range(12)))
+    assert (without["status"], without["artifacts"], steps(without, "train/loss")) == ("FINISHED", {}, list(range(12)))
     assert sync.main([]) == 0
     (run,) = runs_in(client)
     assert run["artifacts"]["text.txt"] == "ROMEO: hm\n"

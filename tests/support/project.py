@@ -106,7 +106,7 @@ def runs(project: Path) -> list[Run]:
 
 def logged_steps(project: Path, run_id: str) -> list[int]:
     """The steps at which a run logged its training loss."""
-    return [point.step for point in store(project).get_metric_history(run_id, "train_loss")]
+    return [point.step for point in store(project).get_metric_history(run_id, "train/loss")]
 
 
 def artifacts(project: Path, run_id: str) -> set[str]:

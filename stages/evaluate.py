@@ -10,7 +10,7 @@ from stages.stage import CheckpointStage
 class Evaluate(CheckpointStage):
     """The stage evaluate: also publishes metrics and plots."""
 
-    name, sections = "evaluate", ("evaluate",)
+    name = "evaluate"
     outputs = ("--metrics", "--positions", "--calibration")
 
     def __init__(self, command: CommandLine, temporary: Path) -> None:
@@ -22,8 +22,9 @@ class Evaluate(CheckpointStage):
         return {name: float(value) for name, value in read_json(self.command.path("--metrics")).items()}
 
     def artifacts(self) -> dict[str, Path | str]:
-        """The plots of the command."""
-        return {f"pictures/{path.name}": path for path in self.command.path("--pictures").glob("*.png")}
+        """Also the plots of the command."""
+        plots = self.command.path("--pictures").glob("*.png")
+        return super().artifacts() | {f"pictures/{path.name}": path for path in plots}
 
 
 if __name__ == "__main__":

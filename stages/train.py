@@ -15,9 +15,10 @@ from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpu
 from gpt.training.fingerprint import run_key
 from stages import child, run_record, torchrun
 from stages.command_line import CommandLine, enter
+from stages.provenance import provenance
 from stages.publish import publish_run
 from stages.run_record import HistoryReader, Record
-from stages.stage import Stage, provenance
+from stages.stage import Stage
 
 if TYPE_CHECKING:
     from stages.tracking.store import Store
@@ -36,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     params = read_params(params_file, command.changes)
     launch = check_section(params_file, "launch", LaunchParams, params)
     environment = torchrun.training_environment(_processes(launch, params.get("train") or {}))
-    key = run_key(params_file, command.path("--tokens"), command.changes)
+    key = run_key(params, command.path("--tokens"))
     command = command.with_default("--timeout", launch.timeout)
     if message := torchrun.command_for_other_nodes(command.words, environment):
         print(message, flush=True)
@@ -52,7 +53,7 @@ class Train(Stage):
     run of an earlier training unchanged.
     """
 
-    name, sections = "train", ("download", "tokenize", "model", "train")  # those that determine a trained model
+    name = "train"
     outputs = ("--metrics", "--history", "--validation")
 
     def __init__(self, command: CommandLine) -> None:

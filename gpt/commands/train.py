@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gpt.core.cli import LOG_FILE, Changes, LogFile, ParamsFile, logging_to
-from gpt.core.params import read_section
+from gpt.core.params import read_params, read_section
 from gpt.data.token_files import load_tokens
 from gpt.model.config import ModelConfig
 from gpt.training.distributed import env_rank
@@ -45,7 +45,7 @@ def command(
             params=read_section(params, "train", TrainParams, changes),
             model=model,
             data=load_tokens(tokens),
-            digests=digests(params, tokens, changes),
+            digests=digests(read_params(params, changes), tokens),
             outputs=Outputs(checkpoint, metrics, history, validation),
             folder=RunFolder(folder),
             timeout_s=timeout,

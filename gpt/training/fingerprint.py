@@ -2,28 +2,28 @@
 
 import ast
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gpt.core.files import canonical_json, sha256_file
-from gpt.core.params import read_params
 
 PACKAGE = Path(__file__).parents[1]
 TOKEN_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 
 
-def run_key(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> str:
+def run_key(params: Mapping[str, Any], tokens: Path) -> str:
     """The name of a training run: the SHA-256 of its `digests`. Equal keys promise equal outputs."""
-    return hashlib.sha256(canonical_json(digests(params_file, tokens, changes)).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(digests(params, tokens)).encode()).hexdigest()
 
 
-def digests(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> dict[str, object]:
+def digests(params: Mapping[str, Any], tokens: Path) -> dict[str, object]:
     """Everything that determines the bytes of a trained model, as plain values that can be compared by field.
 
-    Raises:
-        UserError: a params file or change is invalid.
+    Args:
+        params: as `read_params` returns them.
+        tokens: the token folder.
     """
-    params = read_params(params_file, changes)
     return {
         "model": params.get("model"),
         "train": params.get("train"),

@@ -16,7 +16,7 @@ from gpt.commands.check_params import command as check_params
 from gpt.core.cli import logging_to
 from gpt.core.errors import StoppedError, UserError
 from gpt.core.files import sha256_file
-from gpt.core.params import check_section
+from gpt.core.params import check_section, read_params
 from gpt.data.prepare import tokenize
 from gpt.data.token_files import load_tokens
 from gpt.evaluation.evaluator import EvaluateParams, evaluate
@@ -77,7 +77,7 @@ def test_an_init_file_is_pinned_by_its_sha256(workspace: Path, run_main: RunMain
     start_from(workspace, "other.txt", {"tokenize": "base.json", "train": "base.pt"})
     for stage in ("download", "tokenize"):
         run_main(*stage_line(stage))
-    key = run_key(params, workspace / "data" / "tokens")
+    key = run_key(read_params(params), workspace / "data" / "tokens")
     changed = (workspace / "base.pt").read_bytes() + b" "
     (workspace / "base.pt").write_bytes(changed)
     new = hashlib.sha256(changed).hexdigest()
@@ -85,7 +85,7 @@ def test_an_init_file_is_pinned_by_its_sha256(workspace: Path, run_main: RunMain
         rf"train\.init_from: .*{digest}.*-S train\.init_sha256={new}", run_main(*stage_line("train"), code=2)
     )
     start_from(workspace, "other.txt", {"tokenize": "base.json", "train": "base.pt"})
-    assert run_key(params, workspace / "data" / "tokens") != key
+    assert run_key(read_params(params), workspace / "data" / "tokens") != key
     (workspace / "base.json").write_text("{}")
     assert re.search(r"tokenize\.init_from: .*base\.json", run_main(*stage_line("tokenize"), code=2))
     (workspace / "base.json").unlink()

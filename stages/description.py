@@ -85,7 +85,7 @@ def _restore(run: Path, train: Record, run_id: str) -> Iterator[str]:
 
 
 def _prompts(run: Path) -> list[str]:
-    path = dict(artifacts(run, "generate")).get("generate_params.json")
+    path = dict(artifacts(run, "generate")).get("params/generate.json")
     found: list[str] = json.loads(read_json(path).get("generate.prompts", "[]")) if path else []
     return found
 

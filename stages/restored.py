@@ -92,7 +92,7 @@ def _save(run: Path, lock: dict[str, Any], stage: str, results: dict[str, Any]) 
     params: dict[str, Path | str] = (
         {"params.yaml": command.path("--params")}
         if stage == "train"
-        else {f"{stage}_params.json": json.dumps(logged_params(command, stage), indent=2)}
+        else {f"params/{stage}.json": json.dumps(logged_params(command, stage), indent=2)}
     )
     about: dict[str, Any] = {"stage": stage, "name": provenance()[0], "restored": True, "metrics": metrics}
     record = Record(**about, experiment=run_record.experiment_name(), began=now, ended=now, **results)

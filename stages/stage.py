@@ -104,7 +104,7 @@ class CheckpointStage(Stage):
 
     def artifacts(self) -> dict[str, Path | str]:
         """Artifacts beside the output files: the section of the params, which MLflow would not let change."""
-        return {f"{self.name}_params.json": json.dumps(self.params, indent=2)}
+        return {f"params/{self.name}.json": json.dumps(self.params, indent=2)}
 
     def end(self, code: int) -> None:
         """Publish the results of a command that succeeded."""

@@ -51,7 +51,7 @@ def test_metrics_and_commands(run: Path) -> None:
 
 def test_a_sample_of_any_text_fits_into_a_code_block_and_a_tag(run: Path) -> None:
     generate, params = Record(stage="generate", began=0, ended=1), json.dumps({"generate.prompts": '["it\'s", "b"]'})
-    texts = {"logs/generate.log": "no sample", "generate_params.json": params, "text.txt": "a ```` b\n" * 5000}
+    texts = {"logs/generate.log": "no sample", "params/generate.json": params, "text.txt": "a ```` b\n" * 5000}
     save(run, generate, texts)
     text = description(run, "0123")
     assert "\n\n    a ```` b\n" in text

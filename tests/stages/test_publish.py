@@ -81,14 +81,14 @@ def test_artifacts_of_a_trained_model(done: Workspace) -> None:
     assert {name: content for name, content in run["artifacts"].items() if name not in special} == {
         "w.pt": "weights",
         "params.yaml": PARAMS,
-        "history.csv": "step,train/loss\n",
-        "validation.csv": "step,val/loss\n",
+        "history.csv": "step,train/loss\n1,2.99\n",
+        "validation.csv": "step,val/loss\n5,3.45\n",
         "train.json": (done.folder / "m/train.json").read_text(),
         "evaluate.json": '{"eval/loss": 1.25, "eval/characters": 7}',
         "positions.csv": "position,loss\n1,2\n",
         "calibration.csv": "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n",
-        "evaluate_params.json": '{\n  "evaluate.batch_size": "8"\n}',
-        "generate_params.json": json.dumps({"generate.prompts": '["ROMEO:"]', "generate.seed": "1"}, indent=2),
+        "params/evaluate.json": '{\n  "evaluate.batch_size": "8"\n}',
+        "params/generate.json": json.dumps({"generate.prompts": '["ROMEO:"]', "generate.seed": "1"}, indent=2),
         "text.txt": "ROMEO: hm\n",
     }
     sums = [f"checksums/{stage}.sha256" for stage in ("evaluate", "generate", "train")]

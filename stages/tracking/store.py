@@ -1,5 +1,6 @@
 """The tracking store: connect, find and create runs."""
 
+import json
 import logging
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,17 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "store.lock", timeout=60):
             yield
+
+    def loss_view(self) -> str:
+        """The path, on MLflow's web server, of the table of runs with the columns to compare, the best run first.
+
+        A shared view of MLflow's UI, which it keeps in a tag of the experiment.
+        """
+        columns = [f"attributes.`{name}`" for name in ("Duration", "Models")]
+        columns += [f"metrics.`{name}`" for name in ("val/best_loss", "eval/bits_per_char", "train/loss")]
+        view = {"orderByKey": "metrics.`val/best_loss`", "orderByAsc": True, "selectedColumns": columns}
+        self.client.set_experiment_tag(self._experiment, "mlflow.sharedViewState.loss", json.dumps(view))
+        return f"#/experiments/{self._experiment}/runs?workflowType=machine_learning&viewStateShareKey=loss"
 
     def find(self, tag: str, value: str) -> "TrackedRun | None":
         """The newest run with this tag.

@@ -230,6 +230,8 @@ class ShardedModel:
         losses = torch.zeros(self._shards, device=self._group.device)
         count = self._shards // self._group.size  # consecutive shards, so that they form a subtree
         first = self._group.rank * count
+        with self._group.collective():  # in step 2; else the forward pass does it, where errors have many causes
+            self._ddp.reducer._rebuild_buckets()
         for shard in range(first, first + count):
             last = shard == first + count - 1
             self._ddp.zero_grad(set_to_none=True)  # else a shard's gradient would include the one before

@@ -215,7 +215,7 @@ def test_a_kill_before_any_file_operation_changes_no_byte(
     """
     short = {"train__max_steps": 8, "train__eval_interval": 4, "train__log_interval": 2, "train__save_interval": 2}
     expected = finish(prepare(tmp_path / "uninterrupted", **short), tokens)
-    operations = (tmp_path / "uninterrupted" / processes.OPERATIONS).read_text().splitlines()
+    operations = processes.operations(tmp_path / "uninterrupted")
     assert any("validation.csv" in operation for operation in operations)
     for operation in range(first, len(operations), interval):
         folder = prepare(tmp_path / str(operation), **short)
@@ -265,6 +265,20 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_one_process_finishes(
     name = f"rank 1 (PID {lost.pid} on {socket.gethostname()})"
     assert f"{name} died, or did not answer within 2 s" in only_line(errors)
     assert finish(folder, tokens) == uninterrupted
+
+
+def test_a_rank_that_is_killed_before_ddp_rebuilds_its_buckets_is_named(tmp_path: Path, tokens: Path) -> None:
+    """Rank 0 kills itself before it writes the record of step 1; rank 1 is then at the start of step 2."""
+    whole, folder = (prepare(tmp_path / name, train__max_steps=2, train__log_interval=1) for name in ("whole", "lost"))
+    finish(whole, tokens, ranks=2)
+    operations = processes.operations(whole, rank="0")
+    record = [number for number, name in enumerate(operations) if name == "open run/history.jsonl"][-2]
+    lost, rank = start(folder, tokens, "--timeout", "2", ranks=2, kill_at=record)
+    assert lost.wait()[0] == -signal.SIGKILL
+    code, errors = rank.wait()
+    assert code == 1
+    assert f"rank 0 (PID {lost.pid} on {socket.gethostname()}) died" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])

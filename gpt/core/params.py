@@ -18,6 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 53)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 PositiveFloat = Annotated[float, Field(ge=1e-12, le=1e12)]
 Probability = Annotated[float, Field(ge=1e-12, le=1)]
+MAX_TIMEOUT_S = 100_000  # ten times as many milliseconds, the longest wait of 1024 processes, fit into 32 bits
 
 UNPARSABLE = (YAMLError, ValueError, RecursionError)  # of the parser, for a date such as 2026-99-99 and deep nesting
 MAX_BYTES = 100_000  # of a params file; parsing a large one takes minutes

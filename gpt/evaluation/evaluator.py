@@ -34,6 +34,7 @@ INSPECTED_TOKENS = 16  # of the validation split
 TRAINING_WINDOWS = 16  # of the training split, for comparison with the validation split
 BYTES_PER_CHARACTER = 150  # of the generated texts: their tokens, and the indices of the search (measured)
 COPIES = 3  # of the weights: in the file, as loaded, in the model
+MAX_EXPONENT = 700  # of a number in double precision
 MAX_PRINTED = 60  # characters of the longest copy
 
 
@@ -132,9 +133,10 @@ def _validation_texts(data: TokenData, *, count: int, length: int) -> list[str]:
 
 def _loss_summary(loss: float, bits: float, data: TokenData) -> str:
     size = data.meta.vocab_size
+    perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
     bigram, unigram = (baseline(data.train, data.val, size) for baseline in (bigram_loss, unigram_loss))
     return (
-        f"loss {loss:.4f} nats per token, {bits:.3f} bits per character, perplexity {math.exp(loss):.2f}; baselines: "
+        f"loss {loss:.4f} nats per token, {bits:.3f} bits per character, perplexity {perplexity:.2f}; baselines: "
         f"bigram {bigram:.3f}, unigram {unigram:.3f}, uniform {math.log(size):.3f} nats per token"
     )
 

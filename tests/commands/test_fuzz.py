@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -203,7 +203,7 @@ def test_what_passes_the_check_trains_evaluates_and_generates_or_is_refused_in_o
     ],
 )
 def test_values_that_have_caused_a_crash(changes: dict[str, Any]) -> None:
-    run_stages(small_params(**changes))
+    run_stages(small_params(**{"train__max_steps": 2, **changes}))
 
 
 def run_stages(params: dict[str, Any]) -> None:
@@ -214,7 +214,8 @@ def run_stages(params: dict[str, Any]) -> None:
             return
         model, train = ModelConfig.model_validate(params["model"]), TrainParams.model_validate(params["train"])
         needed = sum(term.size for term in training_memory(train, model, 65, ranks=1))
-        assume(not MAX_MEMORY < needed < available_memory(torch.device("cpu")))
+        if MAX_MEMORY < needed < available_memory(torch.device("cpu")):
+            return
         Path("data").mkdir()
         Path("data", "shakespeare.txt").write_text(made_up_text(600))
         for stage in STAGES_IN_PROCESS:

@@ -20,6 +20,7 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 PositiveFloat = Annotated[float, Field(ge=1e-12, le=1e12)]
 Probability = Annotated[float, Field(ge=1e-12, le=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]  # SHA-256
+MAX_TIMEOUT_S = 100_000  # ten times as many milliseconds, the longest wait of 1024 processes, fit into 32 bits
 
 UNPARSABLE = (YAMLError, ValueError, RecursionError)  # of the parser, for a date such as 2026-99-99 and deep nesting
 MAX_BYTES = 100_000  # of a params file; parsing a large one takes minutes

@@ -34,7 +34,7 @@ class TokenizeParams(InitSection):
 
     kind: Kind
     train_fraction: float = Field(gt=0, lt=1)
-    vocab_size: int = Field(ge=2)
+    vocab_size: int = Field(ge=2, le=1 << 20)  # the subword trainers allocate memory for all of it
     ranks: Sources
     ranks_sha256: Digest
 

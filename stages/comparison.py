@@ -164,6 +164,9 @@ def _improvement(candidate: Evaluation, champion: Evaluation, difference: Differ
 
 def _guards(candidate: Evaluation, champion: Evaluation | None) -> Iterator[Check]:
     """The checks that do not compare losses; a value that is not a number passes none."""
+    if not champion:
+        number = math.isfinite(candidate.bits)
+        yield Check("bits per character", f"{candidate.bits:.4f}", "", "a number", number)
 
     def check(name: str, values: Sequence[str], required: str, *, holds: bool) -> Check:
         return Check(name, values[0], values[1] if champion else "", required, holds)

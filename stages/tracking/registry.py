@@ -2,13 +2,13 @@
 
 import io
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
@@ -47,8 +47,8 @@ class Registry:
 
     def __init__(self, store: Store) -> None:
         self.store, self.client = store, store.client
-        # create_model_version looks up a logged model in the global store, whatever the client's is.
-        mlflow.set_tracking_uri(self.client.tracking_uri)
+        # create_model_version looks up a logged model in the store of this variable, whatever the client's is.
+        os.environ["MLFLOW_TRACKING_URI"] = self.client.tracking_uri
 
     def find(self, tags: Mapping[str, str], missing: str) -> Model:
         """The newest run of our experiment that has one of these tags.

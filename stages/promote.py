@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gpt.core.errors import UserError, printable
 from gpt.core.files import sha256_file
 from stages.command_line import Parser, enter
-from stages.comparison import CONFIDENCE, Verdict, judge, table
+from stages.comparison import Verdict, judge, table
 from stages.publish import brief, connect, tracking_uri, without_credentials
 from stages.run_record import main_workspace
 
@@ -116,7 +116,7 @@ def _apply(
 ) -> None:
     """Write the verdict, then move an alias: a killed promotion is completed by the next one."""
     report = _report(model, champion, verdict)
-    tags = {"promotion.champion": champion.version if champion else ""}
+    tags = {"promotion.champion": champion.version if champion else "none"}
     if verdict.difference:
         tags |= {"promotion.difference": f"{verdict.difference.bits:+.4f}"}
         tags |= {"promotion.interval": verdict.difference.interval}
@@ -130,9 +130,9 @@ def _apply(
 
 def _report(model: "Model", champion: "Model | None", verdict: Verdict) -> str:
     """The comparison as Markdown text, which is readable in a terminal too."""
-    note = f"Differences are candidate minus champion in bits per character, with a {CONFIDENCE:.0%} interval."
-    lines = [f"candidate: {model}", f"champion: {champion or 'none'}"]
-    parts = ["\n".join(f"- {line}" for line in lines), table(verdict.checks), note, f"**{verdict.text}**"]
+    models = f"- candidate: {model}\n- champion: {champion or 'none'}"
+    note = "The difference is candidate minus champion, in bits per character: below 0 the candidate is better."
+    parts = [models, table(verdict.checks), *([note] if verdict.difference else []), f"**{verdict.text}**"]
     return printable("\n\n".join(parts))
 
 

@@ -62,8 +62,16 @@ class Registry:
         return self.model(found.id)
 
     def model(self, run_id: str) -> Model:
-        """The model of a run, with the newest version that was registered of it."""
+        """The model of a run, with the newest version that was registered of it.
+
+        Raises:
+            UserError: there is no such run, or it was deleted.
+        """
         run = self._run(run_id)
+        if run.info.lifecycle_stage == "deleted":
+            raise UserError(
+                f"run {run_id}: was deleted in MLflow; to restore it: mlflow runs restore --run-id {run_id}"
+            )
         return Model(run_id, run.info.run_name or run_id[:8], self._version_of(run_id))
 
     def champion(self) -> Model | None:
@@ -77,13 +85,12 @@ class Registry:
 
     def registered(self, version: str) -> Model:
         """A version with its run."""
-        found = self.client.get_model_version(REGISTERED, version)
-        if not found.run_id:
-            raise UserError(
-                f"version {version} of {REGISTERED}: expected the version of a run, found none; give the alias "
-                f"{CHAMPION!r} to another version in MLflow's UI, or delete it"
-            )
-        return Model(found.run_id, self._run(found.run_id).info.run_name or "", version)
+        run_id = self.client.get_model_version(REGISTERED, version).run_id or ""
+        try:
+            return Model(run_id, self._run(run_id).info.run_name or "", version)
+        except UserError as error:
+            remedy = f"give the alias {CHAMPION!r} to another version in MLflow's UI, or delete it"
+            raise UserError(f"version {version} of {REGISTERED}: expected the run of this version; {remedy}") from error
 
     def versions(self) -> dict[str, ModelVersion]:
         """All versions that exist."""

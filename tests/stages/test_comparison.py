@@ -37,27 +37,25 @@ def test_the_difference_is_exact_and_its_interval_is_that_of_the_paired_blocks()
     found = paired_difference(blocks(2.1, 0.05, seed=1), blocks(2.2, 0.05, seed=2))
     assert found.bits == pytest.approx(-0.1)
     half = 1.96 * 0.05 * math.sqrt(2) / 10
-    assert (found.low, found.high) == (
-        pytest.approx(-0.1 - half, abs=0.3 * half),
-        pytest.approx(-0.1 + half, abs=0.3 * half),
-    )
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.3)
+    assert found.low + found.high == pytest.approx(-0.2, abs=half / 5)
     assert found == paired_difference(blocks(2.1, 0.05, seed=1), blocks(2.2, 0.05, seed=2))
 
 
 def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
-    """Of 200 pairs, 190 are expected; fewer than 178 have a probability below one in a thousand."""
+    """Of 100 pairs, 95 are expected; fewer than 87 have a probability below one in a thousand."""
     rng, covered = np.random.default_rng(0), 0
-    for _ in range(200):
+    for _ in range(100):
         own = rng.normal(0, 0.1, (2, len(SIZES)))
         first, second = (pd.DataFrame({"characters": SIZES, "nats": (2 + row) * SIZES}) for row in own)
         found = paired_difference(first, second)
         covered += found.low <= 0 <= found.high
-    assert 178 <= covered < 200
+    assert 87 <= covered < 100
 
 
 def test_a_constant_difference_has_no_uncertainty() -> None:
     found = paired_difference(blocks(2.1), blocks(2.2))
-    assert (found.low, found.high) == (pytest.approx(-0.1), pytest.approx(-0.1))
+    assert [found.low, found.high] == pytest.approx([-0.1, -0.1])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,7 @@ def test_the_whole_interval_has_to_be_beyond_the_margin(candidate: pd.DataFrame,
         ({"calibration_error": MAX_CALIBRATION_ERROR + 0.001}, "calibration error 5.1%, required at most 5%"),
         ({"calibration_error": float("nan")}, "calibration error"),
         ({"copied": MAX_COPIED}, ""),
-        ({"copied": MAX_COPIED + 0.001}, "copied windows 1.1%, required at most 1%"),
+        ({"copied": MAX_COPIED + 0.001}, "copied windows 5.1%, required at most 5%"),
         ({"stored": "b" * 64}, "checkpoint SHA-256"),
         ({"stored": None}, "checkpoint SHA-256"),
         ({"rolled_back": "2026-11-30"}, "rolled back"),

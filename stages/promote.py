@@ -4,7 +4,6 @@ Without options: the model of the workspace. Exit codes: 0 promoted or champion 
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from gpt.core.files import sha256_file
 from stages.command_line import Parser, enter
 from stages.comparison import Verdict, judge, table
 from stages.publish import brief, connect, tracking_uri, without_credentials
-from stages.run_record import main_workspace
+from stages.run_record import experiment_name, main_workspace
 
 if TYPE_CHECKING:
     from stages.tracking.champions import Champions
@@ -30,7 +29,6 @@ def main(arguments: Sequence[str]) -> int:
         UserError: wrong options, no such model, a model without results to compare, or the store failed.
     """
     options = _options(arguments)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     root = main_workspace()
     try:
         return _perform(options, root)
@@ -53,7 +51,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _perform(options: argparse.Namespace, root: Path) -> int:
-    store = connect(root)
+    store = connect(root, experiment_name())
     from stages.tracking.champions import Champions  # noqa: PLC0415 (imports MLflow)
     from stages.tracking.registry import Registry  # noqa: PLC0415
 

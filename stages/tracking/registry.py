@@ -11,16 +11,18 @@ from typing import Any
 
 import pandas as pd
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Run
+from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from gpt.core.errors import UserError
 from gpt.core.files import sha256_file
 from stages.comparison import SEED, Evaluation, Verdict, without_seed
+from stages.tracking.logged_model import models_of
 from stages.tracking.store import Store
 
-REGISTERED = "chargpt"  # the name of the registered model, and of the logged model of a run
+REGISTERED = "chargpt"  # the name of the registered model
+CHECKPOINT = "checkpoint.sha256"  # tag of a run and of its LoggedModel
 CHAMPION, CHALLENGER = "champion", "challenger"  # aliases
 REPORT = "promotion/report.md"  # artifact of the run
 HEADING = "## Promotion"  # in a version's description: what is above belongs to the user
@@ -51,15 +53,19 @@ class Registry:
         os.environ["MLFLOW_TRACKING_URI"] = self.client.tracking_uri
 
     def find(self, tags: Mapping[str, str], missing: str) -> Model:
-        """The newest run of our experiment that has one of these tags.
+        """The model of the newest run, in any MLflow experiment, that has a checkpoint and one of these tags.
 
         Raises:
             UserError: there is none, with the text `missing`.
         """
-        found = next((run for tag, value in tags.items() if (run := self.store.find(tag, value))), None)
-        if not found:
-            raise UserError(missing)
-        return self.model(found.id)
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        for tag, value in tags.items():
+            quote = '"' if "'" in value else "'"
+            query = f"tags.`{tag}` = {quote}{value}{quote}"
+            for run in self.client.search_runs(experiments, query, order_by=["attributes.start_time DESC"]):
+                if CHECKPOINT in run.data.tags:
+                    return self.model(run.info.run_id)
+        raise UserError(missing)
 
     def model(self, run_id: str) -> Model:
         """The model of a run, with the newest version that was registered of it.
@@ -112,7 +118,7 @@ class Registry:
             UserError: the run has no checkpoint or no results of the stage evaluate.
         """
         run = self._run(model.run_id)
-        if not (checkpoint := run.data.tags.get("checkpoint.sha256", "")):
+        if not (checkpoint := run.data.tags.get(CHECKPOINT, "")):
             raise UserError(
                 f"run {model.run_id}: expected a finished training, found no checkpoint; choose another run"
             )
@@ -137,8 +143,10 @@ class Registry:
         if not version:
             if not self.client.search_registered_models(f"name = '{REGISTERED}'"):
                 self.client.create_registered_model(REGISTERED)
-            source, model_id = self._source(self._run(model.run_id))
-            version = self.client.create_model_version(REGISTERED, source, model.run_id, model_id=model_id).version
+            logged = self._logged_model(self._run(model.run_id))
+            version = self.client.create_model_version(
+                REGISTERED, logged.model_uri, model.run_id, model_id=logged.model_id
+            ).version
         return Model(model.run_id, model.name, str(version))
 
     def write(self, model: Model, verdict: Verdict, tags: Mapping[str, str], report: str) -> None:
@@ -181,23 +189,19 @@ class Registry:
         found = self.client.search_model_versions(f"name = '{REGISTERED}' and run_id = '{run_id}'")
         return str(max((int(version.version) for version in found), default=""))
 
-    def _source(self, run: Run) -> tuple[str, str | None]:
-        """The address of a run's logged model and its ID; of a run without one, the address of its checkpoint."""
-        query, sha256 = f"source_run_id = '{run.info.run_id}'", run.data.tags.get("checkpoint.sha256")
-        for model in self.client.search_logged_models([run.info.experiment_id], query):
-            if model.status == "READY" and model.tags.get("checkpoint.sha256") == sha256:
-                return model.model_uri, model.model_id
-        files = [file.path for file in self.client.list_artifacts(run.info.run_id) if file.path.endswith(".pt")]
-        if len(files) != 1:
-            raise UserError(
-                f"run {run.info.run_id}: expected its checkpoint among the artifacts, found {len(files)} files *.pt; "
-                "run python -m stages.sync"
-            )
-        return f"runs:/{run.info.run_id}/{files[0]}", None
+    def _logged_model(self, run: Run) -> LoggedModel:
+        """The LoggedModel of a run's checkpoint, which its version refers to."""
+        for model in models_of(self.client, run):
+            if model.status == "READY" and model.tags.get(CHECKPOINT) == run.data.tags.get(CHECKPOINT):
+                return model
+        raise UserError(
+            f"run {run.info.run_id} ({run.info.run_name}): expected a LoggedModel with its checkpoint, found none; "
+            "restore the checkpoint as the description of the run says, then python -m stages.sync"
+        )
 
     def _stored_checkpoint(self, run: Run) -> str:
-        """SHA-256 of the checkpoint at the address that a version of this run gets; empty if there are several."""
-        source, _ = self._source(run)
+        """SHA-256 of the checkpoint in a run's LoggedModel, which is what MLflow loads; empty if there are several."""
+        source = self._logged_model(run).model_uri
         with tempfile.TemporaryDirectory() as folder:
             download_artifacts(artifact_uri=source, dst_path=folder, tracking_uri=self.client.tracking_uri)
             digests = {sha256_file(path) for path in Path(folder).rglob("*.pt")}

@@ -4,9 +4,8 @@ import os
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from mlflow import MlflowClient
 from gpt.core.errors import UserError
 from stages import promote
 from stages.publish import connect
-from tests.support.common import environment
+from stages.tracking.logged_model import models_of
 from tests.support.models import CHECKPOINT, blocks, publish_model
 
 Promote = Callable[..., str]
@@ -39,7 +38,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> tu
     shutil.copyfile(empty_store, root / "models.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/models.db")
-        store = connect(root)
+        store = connect(root, "chargpt")
         return root, {name: publish_model(store, name, **model) for name, model in MODELS.items()}  # type: ignore[arg-type]
 
 
@@ -165,25 +164,16 @@ def test_rollback_skips_a_deleted_version(runs: Runs, call: Promote) -> None:
 
 
 def test_a_changed_checkpoint_is_not_promoted(published: tuple[Path, Runs], runs: Runs, call: Promote) -> None:
-    (path,) = published[0].glob(f"mlruns/{runs['best']}/artifacts/{CHECKPOINT}")
+    """The one in the LoggedModel, which is what MLflow loads."""
+    (model,) = models_of(client(), client().get_run(runs["best"]))
+    path = published[0] / "mlruns" / "models" / model.model_id / "artifacts" / "data" / CHECKPOINT
     before = path.read_bytes()
     path.write_bytes(before + b"\0")
     printed = call("--run", runs["best"], code=1)
     path.write_bytes(before)
     assert "checkpoint SHA-256" in printed.splitlines()[-1]
     assert registered()["1"] == (runs["best"], ["challenger"])
-
-
-def test_the_version_has_the_logged_model_of_its_run(runs: Runs, call: Promote) -> None:
-    (run,) = [client().get_run(runs["first"])]
-    tags = {"checkpoint.sha256": run.data.tags["checkpoint.sha256"]}
-    model = client().create_logged_model(run.info.experiment_id, "chargpt", run.info.run_id, tags)
-    Path("model/data").mkdir(parents=True)
-    Path("model/data", CHECKPOINT).write_text("first")
-    client().log_model_artifacts(model.model_id, "model")
-    client().finalize_logged_model(model.model_id, "READY")
-    call("--run", runs["first"])
-    assert client().get_model_version_by_alias("chargpt", "champion").source == model.model_uri
+    assert client().get_model_version("chargpt", "1").source == model.model_uri
 
 
 @pytest.mark.parametrize(
@@ -225,10 +215,9 @@ def test_a_deleted_run_is_not_promoted_and_a_champion_without_a_run_is_named(run
         call("--run", runs["best"])
 
 
-def test_two_promotions_of_a_model_at_once_make_one_version(runs: Runs, call: Promote) -> None:
+def test_promotions_of_a_model_at_the_same_time_make_one_version(runs: Runs, call: Promote) -> None:
     call("--run", runs["first"])
-    line = [sys.executable, "-m", "stages.promote", "--run", runs["best"]]
-    started = [subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait() for process in started] == [0, 0]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(promote.main, [["--run", runs["best"]]] * 3)) == [0, 0, 0]
     assert registered() == {"1": (runs["first"], []), "2": (runs["best"], ["champion"])}
     assert call("--history").count("promoted") == 2

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-MIN_IMPROVEMENT = 0.015  # bits per character: the smallest margin
+MIN_IMPROVEMENT = 0.02  # bits per character: the smallest margin
 SEEDS_NEEDED = 3  # trainings of one configuration, from which on their spread can enlarge the margin
 DEVIATIONS = 1.64  # standard deviations of the difference of two such trainings: 95 % of differences are below
 MAX_CALIBRATION_ERROR = 0.05  # expected calibration error

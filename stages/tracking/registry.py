@@ -123,12 +123,12 @@ class Registry:
                 f"run {model.run_id}: expected a finished training, found no checkpoint; choose another run"
             )
         stored = self._stored_checkpoint(run) if verify else None
-        metrics: dict[str, float] = json.loads(self._artifact(run, METRICS))
+        blocks, metrics = self._artifact(run, BLOCKS), json.loads(self._artifact(run, METRICS))
         version = self.versions().get(model.version)
         return Evaluation(
             checkpoint=checkpoint,
             corpus=_corpus(run),
-            blocks=pd.read_csv(io.StringIO(self._artifact(run, BLOCKS))),
+            blocks=pd.read_csv(io.StringIO(blocks)),
             calibration_error=metrics["eval/calibration_error"],
             copied=metrics["eval/copied"],
             params=run.data.params,

@@ -75,9 +75,8 @@ class Registry:
         """
         run = self._run(run_id)
         if run.info.lifecycle_stage == "deleted":
-            raise UserError(
-                f"run {run_id}: was deleted in MLflow; to restore it: mlflow runs restore --run-id {run_id}"
-            )
+            restore = f"mlflow runs restore --run-id {run_id}"
+            raise UserError(f"the run {run.info.run_name} was deleted in MLflow; `{restore}` brings it back")
         return Model(run_id, run.info.run_name or run_id[:8], self._version_of(run_id))
 
     def champion(self) -> Model | None:

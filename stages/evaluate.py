@@ -11,7 +11,7 @@ class Evaluate(CheckpointStage):
     """The stage evaluate: also publishes metrics and plots."""
 
     name = "evaluate"
-    outputs = ("--metrics", "--positions", "--calibration")
+    outputs = ("--metrics", "--positions", "--blocks", "--calibration")
 
     def __init__(self, command: CommandLine, temporary: Path) -> None:
         """Let the command write its plots into the temporary folder."""

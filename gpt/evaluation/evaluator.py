@@ -15,6 +15,7 @@ from gpt.core.params import Count, Section, Seed
 from gpt.data.dataset import evaluation_windows
 from gpt.data.loss import OVERFITTING_GAP, token_losses
 from gpt.data.token_files import TokenData
+from gpt.evaluation.blocks import loss_by_block
 from gpt.evaluation.calibration import calibration_error, calibration_table, predictions
 from gpt.evaluation.interpretability import ModelInspection, inspect_model
 from gpt.evaluation.memorization import WINDOW, Copies, find_copies
@@ -50,10 +51,11 @@ class EvaluateParams(Section):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics, the loss by position, the calibration table, and a summary in lines of text."""
+    """The metrics, the loss by position and by block, the calibration table, and a summary in lines of text."""
 
     metrics: dict[str, float]
     positions: pd.DataFrame
+    blocks: pd.DataFrame
     calibration: pd.DataFrame
     summary: list[str]
 
@@ -86,6 +88,7 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     return Evaluation(
         metrics,
         loss_by_position(by_batch),
+        loss_by_block(by_batch, data),
         calibration,
         [
             _loss_summary(loss, bits, data),

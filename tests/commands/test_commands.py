@@ -20,7 +20,8 @@ from tests.support.common import ROOT, environment, run, train_line, write_param
 
 
 def evaluate_line(trained: Path, tokens: str | Path, params: Path) -> list[str | Path]:
-    outputs = ["--metrics", "evaluate.json", "--positions", "positions.csv", "--calibration", "calibration.csv"]
+    tables = ("positions", "blocks", "calibration")
+    outputs = ["--metrics", "evaluate.json", *(word for name in tables for word in (f"--{name}", f"{name}.csv"))]
     return ["evaluate", "--params", params, "--tokens", tokens, "--checkpoint", trained / "model.pt", *outputs]
 
 
@@ -64,6 +65,7 @@ def test_evaluate_reproduces_the_validation_loss_of_training(
     assert metrics["eval/bits_per_char"] == pytest.approx(val_loss / math.log(2), abs=0.001)
     assert f"loss {val_loss:.4f} nats" in printed
     assert len((tmp_path / "positions.csv").read_text().splitlines()) == 1 + 32
+    assert len((tmp_path / "blocks.csv").read_text().splitlines()) == 1 + 100
     header, *rows = (tmp_path / "calibration.csv").read_text().splitlines()
     assert header == "probability,right,ideal,predictions"
     assert 1 < len(rows) <= 10

@@ -86,6 +86,7 @@ def test_artifacts_of_a_trained_model(done: Workspace) -> None:
         "train.json": (done.folder / "m/train.json").read_text(),
         "evaluate.json": '{"eval/loss": 1.25, "eval/characters": 7}',
         "positions.csv": "position,loss\n1,2\n",
+        "blocks.csv": "block,characters,nats\n1,7,10.5\n",
         "calibration.csv": "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n",
         "params/evaluate.json": '{\n  "evaluate.batch_size": "8"\n}',
         "params/generate.json": json.dumps({"generate.prompts": '["ROMEO:"]', "generate.seed": "1"}, indent=2),

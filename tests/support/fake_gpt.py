@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-PATHS = ("checkpoint", "metrics", "history", "validation", "positions", "calibration", "pictures", "out", "run-dir")
+PATHS = (
+    *("checkpoint", "metrics", "history", "validation", "positions", "blocks", "calibration", "pictures", "out"),
+    "run-dir",
+)
 
 
 def write(path: Path, text: str) -> None:
@@ -63,6 +66,7 @@ def write_history(history: Path, plan: dict[str, Any]) -> None:
 def evaluate(options: argparse.Namespace, plan: dict[str, Any]) -> None:
     write(options.metrics, json.dumps({"eval/loss": plan["loss"], "eval/characters": 7}))
     write(options.positions, "position,loss\n1,2\n")
+    write(options.blocks, "block,characters,nats\n1,7,10.5\n")
     write(options.calibration, "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n")
     write(options.pictures / "attention.png", "attention maps")
 

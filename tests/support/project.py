@@ -18,7 +18,7 @@ from tests.support.common import FAST, ROOT, environment, run, wait_for, write_p
 QUEUE_S = 240
 CHECKPOINT = "chargpt_nano.pt"
 TRAINED = [CHECKPOINT, "metrics/train.json", "plots/history.csv", "plots/validation.csv"]
-EVALUATED = ["metrics/evaluate.json", "plots/positions.csv", "plots/calibration.csv"]
+EVALUATED = ["metrics/evaluate.json", "plots/positions.csv", "plots/blocks.csv", "plots/calibration.csv"]
 OUTPUTS = ["data/tokens/train.bin", *TRAINED, *EVALUATED, "generation_out.txt", "dvc.lock"]
 
 

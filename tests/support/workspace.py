@@ -70,7 +70,8 @@ class Workspace:
         return self.run_gpt("train", "--tokens", "tokens", "--metrics", "m/train.json", *outputs, *more, **plan)
 
     def evaluate(self, *more: str, **plan: object) -> "subprocess.Popen[str]":
-        outputs = ("--positions", "plots/positions.csv", "--calibration", "plots/calibration.csv")
+        tables = ("positions", "blocks", "calibration")
+        outputs = [word for name in tables for word in (f"--{name}", f"plots/{name}.csv")]
         return self.run_gpt("evaluate", "--metrics", "m/evaluate.json", *outputs, *more, **plan)
 
     def generate(self, **plan: object) -> "subprocess.Popen[str]":

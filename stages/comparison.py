@@ -112,7 +112,7 @@ def judge(candidate: Evaluation, champion: Evaluation | None) -> Verdict:
     elif champion and not comparable:
         reason = "not comparable with the champion, which was evaluated on another text"
     else:
-        reason = "; ".join(f"{check.name} {check.candidate}, required {check.required}" for check in failed)
+        reason = "; ".join(f"{check.name}: {check.candidate}, required: {check.required}" for check in failed)
     return Verdict(checks, difference, reason)
 
 
@@ -154,11 +154,11 @@ def _same_text(candidate: Evaluation, champion: Evaluation) -> bool:
 
 def _improvement(candidate: Evaluation, champion: Evaluation, difference: Difference) -> Iterator[Check]:
     required = -margin([candidate, champion])
-    source = ", from the spread of seeds" if required < -MIN_IMPROVEMENT else ""
+    source = " (spread of seeds)" if required < -MIN_IMPROVEMENT else ""
     yield Check("bits per character", f"{candidate.bits:.4f}", f"{champion.bits:.4f}", "", None)
     yield Check(
-        f"difference, {CONFIDENCE:.0%} interval",
-        f"{difference.bits:+.4f}, {difference.interval}",
+        f"difference ({CONFIDENCE:.0%} interval)",
+        f"{difference.bits:+.4f} ({difference.interval})",
         "",
         f"all below {required:+.4f}{source}",
         difference.high < required,

@@ -85,7 +85,7 @@ def test_the_first_model_and_better_ones_become_champion(runs: Runs, call: Promo
     assert registered() == {"1": (runs["first"], ["champion"])}
     Path(CHECKPOINT).write_text("better")
     printed = call()
-    assert "| -0.1000, " in printed
+    assert "| -0.1000 (" in printed
     assert call("--experiment", "wise-owl").count("| yes ") == 6
     assert registered() == {"1": (runs["first"], []), "2": (runs["better"], []), "3": (runs["best"], ["champion"])}
     version = client().get_model_version("chargpt", "2")
@@ -99,7 +99,7 @@ def test_the_first_model_and_better_ones_become_champion(runs: Runs, call: Promo
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("as good", "all below -0.0200"), ("copying", "copied windows 20.0%"), ("elsewhere", "not comparable")],
+    [("as good", "all below -0.0200"), ("copying", "copied windows: 20.0%"), ("elsewhere", "not comparable")],
 )
 def test_other_models_are_challengers_with_the_reason_and_are_registered_once(
     runs: Runs, call: Promote, name: str, reason: str

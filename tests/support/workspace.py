@@ -159,20 +159,30 @@ def answers(server: str) -> bool:
     return False
 
 
+def start_server(folder: Path, port: int, *words: str) -> "subprocess.Popen[bytes]":
+    """Start a real `mlflow server` that works in a folder, in a process group of its own."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    variables |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *words]
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)
+
+
+def stop_server(process: "subprocess.Popen[bytes]", number: signal.Signals = signal.SIGTERM) -> None:
+    """End a server with all its processes."""
+    os.killpg(process.pid, number)
+    process.wait(20)
+
+
 @contextmanager
 def serving(folder: Path, *words: str) -> Iterator[str]:
     """The address of a real `mlflow server` that works in a folder; `answers` tells whether it is up already."""
     port = free_port()
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    variables |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *words]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)
+    process = start_server(folder, port, *words)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
+        stop_server(process)
 
 
 @pytest.fixture(scope="session")

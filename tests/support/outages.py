@@ -27,7 +27,7 @@ class Proxy(ThreadingHTTPServer):
 
     def __init__(self, server: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.server, self.status, self.delay = server, 0, 0.0
+        self.upstream, self.status, self.delay = server, 0, 0.0
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -43,7 +43,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, content, kind = self.server.status, b"out of order", "text/plain"
         else:
             sent = {name: value for name, value in self.headers.items() if name.lower() != "host"}
-            answer = requests.request(self.command, self.server.server + self.path, data=body, headers=sent, timeout=60)
+            answer = requests.request(self.command, self.server.upstream + self.path, data=body, headers=sent, timeout=60)
             status, content, kind = answer.status_code, answer.content, answer.headers.get("Content-Type", "")
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -89,7 +89,7 @@ class Tracking:
             self.server = start_server(self.folder, self._port, *stores)
             wait_for(lambda: answers(f"http://127.0.0.1:{self._port}"))
 
-    def signal(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         """Send a signal to all processes of the server."""
         if self.server:
             os.killpg(self.server.pid, number)
@@ -126,9 +126,9 @@ def killed(tracking: Tracking) -> Iterator[None]:
 
 @contextmanager
 def stopped(tracking: Tracking) -> Iterator[None]:
-    tracking.signal(signal.SIGSTOP)
+    tracking.send(signal.SIGSTOP)
     yield
-    tracking.signal(signal.SIGCONT)
+    tracking.send(signal.SIGCONT)
 
 
 def answering(status: int) -> Callable[[Tracking], AbstractContextManager[None]]:

@@ -20,6 +20,10 @@ from stages.run_record import Record
 from stages.tracking.tracked_run import TrackedRun
 
 EXPERIMENT = "chargpt"
+REMEDIES = {  # for errors of SQLite in a file that is not damaged
+    "database is locked": "if this persists, end the program that locks it",
+    "attempt to write a readonly database": "make the file and its folder writable",
+}
 
 
 class Store:
@@ -34,9 +38,9 @@ class Store:
 
     def __init__(self, address: str, root: Path) -> None:
         self.root = root
-        for name in ("mlflow.store.db.utils", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # no line for every table
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # no line for every table
+        for name in ("mlflow.store.db.utils", "mlflow.system_metrics"):  # their errors are raised, too, or harmless
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._file = Path(address.removeprefix(SQLITE).partition("?")[0]) if address.startswith(SQLITE) else None
         with self.lock():
             try:
@@ -50,7 +54,20 @@ class Store:
                 if not self._file:
                     raise
                 reason = str(error).partition("\n")[0].replace("<database_uri>", address)
-                raise UserError(f"{reason}; if this persists, delete {self._file.name} (sync rebuilds it)") from error
+                damaged = f"if this persists, delete {self._file.name} (sync rebuilds it)"
+                remedy = next((remedy for text, remedy in REMEDIES.items() if text in reason), damaged)
+                raise UserError(f"{reason}; {remedy}") from error
+        self._inode = self._file.stat().st_ino if self._file else 0
+
+    def check_file(self) -> None:
+        """Detect a lost SQLite file: its open connections go on writing to it without an error.
+
+        Raises:
+            UserError: the file was deleted or replaced after this store had opened it.
+
+        """
+        if self._file and not (self._file.exists() and self._file.stat().st_ino == self._inode):
+            raise UserError(f"{self._file.name} was deleted or replaced while it was in use")
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -31,6 +31,9 @@ class Proxy(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def handle_error(self, *_: object) -> None:
+        """A client or a server that has gone away needs no traceback."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: Proxy
@@ -175,6 +178,8 @@ def store_deleted(tracking: Tracking) -> Iterator[None]:
     yield
     tracking.stop()
     tracking.start()  # which creates a new store
+    if not tracking.server:
+        tracking.address += "?"  # MLflow keeps connections to the deleted file open in this process
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -59,6 +59,7 @@ class Publisher:
 
     def __init__(self, stage: str, root: Path) -> None:
         self._stage, self._root = stage, root
+        self._address = without_credentials(tracking_uri(root))
         self._store: Store | None = None
         self._thread: Thread | None = None
         self._warned = False
@@ -73,7 +74,7 @@ class Publisher:
     def finish(self, action: Callable[["Store"], object]) -> None:
         """Perform the last action, after the previous one; give up both after `LAST_S` seconds."""
         deadline = time.monotonic() + LAST_S
-        with self._tolerating_store_errors():
+        with self.tolerating_errors(self._address):
             self._join(deadline)
             self._start(action)
             self._join(deadline)
@@ -95,7 +96,7 @@ class Publisher:
 
     def _perform(self, action: Callable[["Store"], object]) -> None:
         """Connect if necessary, then perform the action."""
-        with self._tolerating_store_errors():
+        with self.tolerating_errors(self._address):
             self._retry_at = time.monotonic() + RETRY_S
             self._store = self._store or connect(self._root)
             action(self._store)
@@ -107,9 +108,6 @@ class Publisher:
             self._thread.join(max(0, deadline - time.monotonic()))
             if self._thread.is_alive():
                 raise UserError(f"the store did not finish within {LAST_S} s after the end of the stage")
-
-    def _tolerating_store_errors(self) -> AbstractContextManager[None]:
-        return self.tolerating_errors(without_credentials(tracking_uri(self._root)))
 
 
 def publish_run(store: "Store", folder: Path, stages: Sequence[str] = run_record.STAGES) -> bool:

@@ -2,11 +2,11 @@
 
 import json
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,11 +22,11 @@ SLOWER, LATER_S = 0.05, 30  # at most: share of the training time, seconds at it
 CASES = [(name, kind) for name, outage in OUTAGES.items() for kind in outage.kinds]
 
 
-def train(place: Workspace) -> Any:
+def train(place: Workspace) -> "subprocess.Popen[str]":
     return place.train(hold=True, steps=STEPS, slow_steps=SLOW_STEPS)
 
 
-def go_on(place: Workspace, process: Any) -> tuple[str, dict[str, float]]:
+def go_on(place: Workspace, process: "subprocess.Popen[str]") -> tuple[str, dict[str, float]]:
     """Let the training end; returns the wrapper's stderr and what the training took."""
     (place.folder / "go").touch()
     stderr = ended(process)
@@ -78,8 +78,10 @@ def test_an_outage_costs_a_line_and_is_repaired_by_sync(
             wait_for(lambda: (runs := tracking.runs()) and len(steps(runs[0], "train_loss")) == STEPS)
             during.enter_context(outage.begin(tracking))
         stderr, took = go_on(place, process)
-    print(f"{name}: {took['seconds']:.2f} / {usual['seconds']:.2f} s, CPU {took['wrapper_cpu']:.2f} / "
-          f"{usual['wrapper_cpu']:.2f} s, end {took['end']:.1f} / {usual['end']:.1f} s\n{stderr}")
+    print(
+        f"{name}: {took['seconds']:.2f} / {usual['seconds']:.2f} s, CPU {took['wrapper_cpu']:.2f} / "
+        f"{usual['wrapper_cpu']:.2f} s, end {took['end']:.1f} / {usual['end']:.1f} s\n{stderr}"
+    )
     assert took["seconds"] <= usual["seconds"] * (1 + SLOWER)
     assert took["wrapper_cpu"] <= usual["wrapper_cpu"] + usual["seconds"] * SLOWER
     assert took["end"] <= usual["end"] + LATER_S

@@ -46,7 +46,9 @@ class _Handler(BaseHTTPRequestHandler):
             status, content, kind = self.server.status, b"out of order", "text/plain"
         else:
             sent = {name: value for name, value in self.headers.items() if name.lower() != "host"}
-            answer = requests.request(self.command, self.server.upstream + self.path, data=body, headers=sent, timeout=60)
+            answer = requests.request(
+                self.command, self.server.upstream + self.path, data=body, headers=sent, timeout=60
+            )
             status, content, kind = answer.status_code, answer.content, answer.headers.get("Content-Type", "")
         self.send_response(status)
         self.send_header("Content-Type", kind)
@@ -113,18 +115,17 @@ class Tracking:
         self.later.close()
 
 
-@contextmanager
-def absent(tracking: Tracking) -> Iterator[None]:
-    tracking.stop()
-    yield
-    tracking.start()
+Breaking = Callable[[Tracking], AbstractContextManager[None]]  # breaks a store, and repairs it on exit
 
 
-@contextmanager
-def killed(tracking: Tracking) -> Iterator[None]:
-    tracking.stop(signal.SIGKILL)
-    yield
-    tracking.start()
+def ended_by(number: signal.Signals) -> Breaking:
+    @contextmanager
+    def outage(tracking: Tracking) -> Iterator[None]:
+        tracking.stop(number)
+        yield
+        tracking.start()
+
+    return outage
 
 
 @contextmanager
@@ -134,21 +135,14 @@ def stopped(tracking: Tracking) -> Iterator[None]:
     tracking.send(signal.SIGCONT)
 
 
-def answering(status: int) -> Callable[[Tracking], AbstractContextManager[None]]:
+def answering(*, status: int = 0, delay: float = 0) -> Breaking:
     @contextmanager
     def outage(tracking: Tracking) -> Iterator[None]:
-        tracking.proxy.status = status
+        tracking.proxy.status, tracking.proxy.delay = status, delay
         yield
-        tracking.proxy.status = 0
+        tracking.proxy.status, tracking.proxy.delay = 0, 0
 
     return outage
-
-
-@contextmanager
-def slow(tracking: Tracking) -> Iterator[None]:
-    tracking.proxy.delay = 3
-    yield
-    tracking.proxy.delay = 0
 
 
 @contextmanager
@@ -192,7 +186,7 @@ def artifacts_deleted(tracking: Tracking) -> Iterator[None]:
 def artifacts_full(tracking: Tracking) -> Iterator[None]:
     tracking.artifacts.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tracking.artifacts], check=True)
-    tracking.later.callback(subprocess.run, ["umount", "--lazy", tracking.artifacts], check=True)
+    tracking.later.callback(lambda: subprocess.run(["umount", "--lazy", tracking.artifacts], check=True))
     filler = tracking.artifacts / "filler"
     filler.write_bytes(bytes(256 << 10))
     yield
@@ -204,13 +198,12 @@ class Outage:
     """How to break a store.
 
     Attributes:
-        begin: breaks it, and repairs it on exit.
         kinds: of stores that can break in this way.
         from_start: whether it begins before the training, else in its middle.
         warns: whether MLflow lacks something at the end, so that there is a warning.
     """
 
-    begin: Callable[[Tracking], AbstractContextManager[None]]
+    begin: Breaking
     kinds: tuple[str, ...]
     from_start: bool = False
     warns: bool = True
@@ -218,12 +211,12 @@ class Outage:
 
 BOTH = ("server", "sqlite")
 OUTAGES = {
-    "absent at start": Outage(absent, ("server",), from_start=True),
-    "SIGKILL": Outage(killed, ("server",)),
+    "absent at start": Outage(ended_by(signal.SIGTERM), ("server",), from_start=True),
+    "SIGKILL": Outage(ended_by(signal.SIGKILL), ("server",)),
     "SIGSTOP": Outage(stopped, ("server",)),
-    "500": Outage(answering(500), ("proxy",)),
-    "503": Outage(answering(503), ("proxy",)),
-    "slow": Outage(slow, ("proxy",)),
+    "500": Outage(answering(status=500), ("proxy",)),
+    "503": Outage(answering(status=503), ("proxy",)),
+    "slow": Outage(answering(delay=3), ("proxy",)),
     "read-only": Outage(read_only, BOTH, from_start=True),
     "locked": Outage(locked, BOTH),
     "store deleted": Outage(store_deleted, BOTH),

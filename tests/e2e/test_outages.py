@@ -86,6 +86,7 @@ def test_an_outage_costs_a_line_and_is_repaired_by_sync(
     assert took["wrapper_cpu"] <= usual["wrapper_cpu"] + usual["seconds"] * SLOWER
     assert took["end"] <= usual["end"] + LATER_S
     assert stderr.count("\n") == outage.warns, stderr
+    assert outage.cause in stderr
     assert ("`python -m stages.sync`" in stderr) == outage.warns
     assert ended(place.sync()) == ""
     (run,) = tracking.runs()

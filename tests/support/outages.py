@@ -201,12 +201,14 @@ class Outage:
         kinds: of stores that can break in this way.
         from_start: whether it begins before the training, else in its middle.
         warns: whether MLflow lacks something at the end, so that there is a warning.
+        cause: a part of the warning.
     """
 
     begin: Breaking
     kinds: tuple[str, ...]
     from_start: bool = False
     warns: bool = True
+    cause: str = ""
 
 
 BOTH = ("server", "sqlite")
@@ -214,8 +216,8 @@ OUTAGES = {
     "absent at start": Outage(ended_by(signal.SIGTERM), ("server",), from_start=True),
     "SIGKILL": Outage(ended_by(signal.SIGKILL), ("server",)),
     "SIGSTOP": Outage(stopped, ("server",)),
-    "500": Outage(answering(status=500), ("proxy",)),
-    "503": Outage(answering(status=503), ("proxy",)),
+    "500": Outage(answering(status=500), ("proxy",), cause="500 error"),
+    "503": Outage(answering(status=503), ("proxy",), cause="503 error"),
     "slow": Outage(answering(delay=3), ("proxy",)),
     "read-only": Outage(read_only, BOTH, from_start=True),
     "locked": Outage(locked, BOTH),

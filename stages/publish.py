@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from gpt.core.errors import UserError, printable
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 SQLITE = "sqlite:///"
 LONGEST_ERROR = 1000  # characters
 RETRY_S = 30  # between two attempts to reach a store that failed
+LAST_S = 25  # by which publication delays the end of a stage, at most
 # MLflow's defaults let a server that does not answer block for four minutes.
 CLIENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # a server may ask for minutes
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -54,28 +57,32 @@ class DeletedRunError(UserError):
 
 
 class Publisher:
-    """Performs actions on the store; if the store fails, it warns once and continues: the training never fails."""
+    """Performs actions on the store, one at a time, in a thread: neither the training nor its output waits for them.
+
+    If the store fails, it warns once and continues: the training never fails.
+    """
 
     def __init__(self, stage: str, root: Path, experiment: str) -> None:
         self._stage, self._root, self._experiment = stage, root, experiment
+        self._address = without_credentials(tracking_uri(root))
         self._store: Store | None = None
+        self._thread: Thread | None = None
         self._warned = False
         self._retry_at = 0.0
 
-    def attempt(self, action: Callable[["Store"], object], *, last: bool = False) -> None:
-        """Connect if necessary, then perform the action; errors become the warning.
+    def attempt(self, action: Callable[["Store"], object]) -> None:
+        """Start an action, unless the previous one still runs or failed a short time ago; errors become the warning."""
+        running = self._thread and self._thread.is_alive()
+        if not running and time.monotonic() >= self._retry_at:
+            self._start(action)
 
-        Args:
-            last: attempt it even if the previous attempt failed a short time ago.
-
-        """
-        if time.monotonic() < self._retry_at and not last:
-            return
-        with self.tolerating_errors(without_credentials(tracking_uri(self._root))):
-            self._retry_at = time.monotonic() + RETRY_S
-            self._store = self._store or connect(self._root, self._experiment)
-            action(self._store)
-            self._retry_at = 0.0
+    def finish(self, action: Callable[["Store"], object]) -> None:
+        """Perform the last action, after the previous one; give up both after `LAST_S` seconds."""
+        deadline = time.monotonic() + LAST_S
+        with self.tolerating_errors(self._address):
+            self._join(deadline)
+            self._start(action)
+            self._join(deadline)
 
     @contextmanager
     def tolerating_errors(self, what: str) -> Iterator[None]:
@@ -87,6 +94,25 @@ class Publisher:
                 self._warned = True
                 text = f"tracking is unavailable ({what}): {brief(error)}; run `python -m stages.sync` later to publish"
                 print(f"stages.{self._stage}: {text}", file=sys.stderr, flush=True)
+
+    def _start(self, action: Callable[["Store"], object]) -> None:
+        self._thread = Thread(target=self._perform, args=[action], daemon=True)  # a daemon does not delay the exit
+        self._thread.start()
+
+    def _perform(self, action: Callable[["Store"], object]) -> None:
+        """Connect if necessary, then perform the action."""
+        with self.tolerating_errors(self._address):
+            self._retry_at = time.monotonic() + RETRY_S
+            self._store = self._store or connect(self._root, self._experiment)
+            action(self._store)
+            self._store.check_file()
+            self._retry_at = 0.0
+
+    def _join(self, deadline: float) -> None:
+        if self._thread:
+            self._thread.join(max(0, deadline - time.monotonic()))
+            if self._thread.is_alive():
+                raise UserError(f"the store did not finish within {LAST_S} s after the end of the stage")
 
 
 def publish_run(store: "Store", folder: Path, stages: Sequence[str] = run_record.STAGES) -> bool:
@@ -118,6 +144,7 @@ def publish_run(store: "Store", folder: Path, stages: Sequence[str] = run_record
 def brief(error: BaseException) -> str:
     """An error on one line; of a library's error with its type, without a part that is too long for a remedy."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    text = text.partition("\n[SQL: ")[0]  # the query and its values follow
     return printable(without_credentials(textwrap.shorten(text, LONGEST_ERROR, placeholder=" …")))
 
 

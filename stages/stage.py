@@ -111,7 +111,7 @@ class CheckpointStage(Stage):
         if not code:
             record = self.record(tags={"checkpoint.sha256": self.about}, metrics=self.metrics())
             self.save(record, self.artifacts(), with_outputs=True)
-            self.publisher.attempt(partial(self._publish, record), last=True)
+            self.publisher.finish(partial(self._publish, record))
 
     def _publish(self, record: Record, store: "Store") -> None:
         """Publish on the run of this run folder or, for a checkpoint without one, on the run with its SHA-256."""

@@ -90,16 +90,20 @@ class Train(Stage):
 
     def end(self, code: int) -> None:
         """Write the final record, publish everything, delete the oldest run folders."""
-        if self._stop_monitor:
-            self._stop_monitor()
         recorded = run_record.read(self.folder, "train")
         if self._has_started() or (code != 2 and not recorded):
             record = self._record(child.status_of(code))
             self.save(record, {"params.yaml": self._params_text}, with_outputs=not code)
-            self.publisher.attempt(lambda store: publish_run(store, self.folder), last=True)
+            self.publisher.finish(self._publish)
         elif not recorded and not self._history.exists():  # a refused command leaves no run folder
             shutil.rmtree(self.folder)
         run_record.prune(self.root, current=self.folder)
+
+    def _publish(self, store: "Store") -> None:
+        """Publish everything, without system metrics from now on."""
+        if self._stop_monitor:
+            self._stop_monitor()
+        publish_run(store, self.folder)
 
     def _has_started(self) -> bool:
         return _stamp(self._history) != self._stamp

@@ -21,6 +21,10 @@ from stages.run_record import Record
 from stages.tracking.tracked_run import TrackedRun
 
 PARENT = "chargpt.parent"  # the tag of a run that only groups others
+REMEDIES = {  # for errors of SQLite in a file that is not damaged
+    "database is locked": "if this persists, end the program that locks it",
+    "attempt to write a readonly database": "make the file and its folder writable",
+}
 
 
 class Store:
@@ -35,9 +39,10 @@ class Store:
 
     def __init__(self, address: str, root: Path, experiment: str) -> None:
         self.root, self._name = root, experiment
-        for name in ("mlflow.store.db.utils", "alembic", "mlflow.pyfunc"):
+        for name in ("alembic", "mlflow.pyfunc"):
             logging.getLogger(name).setLevel(logging.WARNING)  # no line for every table
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+        for name in ("mlflow.store.db.utils", "mlflow.system_metrics"):  # their errors are raised, too, or harmless
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._file = Path(address.removeprefix(SQLITE).partition("?")[0]) if address.startswith(SQLITE) else None
         with self.lock():
             try:
@@ -51,7 +56,20 @@ class Store:
                 if not self._file:
                     raise
                 reason = str(error).partition("\n")[0].replace("<database_uri>", address)
-                raise UserError(f"{reason}; if this persists, delete {self._file.name} (sync rebuilds it)") from error
+                damaged = f"if this persists, delete {self._file.name} (sync rebuilds it)"
+                remedy = next((remedy for text, remedy in REMEDIES.items() if text in reason), damaged)
+                raise UserError(f"{reason}; {remedy}") from error
+        self._inode = self._file.stat().st_ino if self._file else 0
+
+    def check_file(self) -> None:
+        """Detect a lost SQLite file: its open connections go on writing to it without an error.
+
+        Raises:
+            UserError: the file was deleted or replaced after this store had opened it.
+
+        """
+        if self._file and not (self._file.exists() and self._file.stat().st_ino == self._inode):
+            raise UserError(f"{self._file.name} was deleted or replaced while it was in use")
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PATHS = (
     *("checkpoint", "metrics", "history", "validation", "positions", "blocks", "calibration", "pictures", "out"),
     "run-dir",
@@ -34,6 +36,7 @@ def train(options: argparse.Namespace, plan: dict[str, Any]) -> None:
     log(options.log_file, f"train[{folder.name[:8]}]", "started")
     while plan.get("hold") and not Path("go").exists():
         time.sleep(0.05)
+    train_slowly(folder / "history.jsonl", plan)
     if plan.get("hang"):
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
         Path("ready").touch()
@@ -42,6 +45,19 @@ def train(options: argparse.Namespace, plan: dict[str, Any]) -> None:
     write(options.history, "step,train/loss\n1,2.99\n")
     write(options.validation, "step,val/loss\n5,3.45\n")
     write(options.metrics, json.dumps({"val/best_loss": 1.5, "val/best_step": 10, "model/parameters": 99}))
+
+
+def train_slowly(history: Path, plan: dict[str, Any]) -> None:
+    """Take steps of a quarter of a second, each with more on stderr than a pipe holds; write down what they took."""
+    began, wrapper = time.perf_counter(), psutil.Process(os.getppid())
+    for step in range(plan["steps"], plan["steps"] + plan.get("slow_steps", 0)):
+        time.sleep(0.25)
+        with history.open("a") as file:
+            file.write(json.dumps({"step": step, "train/loss": 3 - step / 100, "time": 1763700000 + step / 8}) + "\n")
+        sys.stderr.write(f"{'some warning':100}\n" * 1000)
+        sys.stderr.flush()
+    spent = {"seconds": time.perf_counter() - began, "wrapper_cpu": sum(wrapper.cpu_times()[:2])}
+    Path("took.json").write_text(json.dumps({**spent, "ended": time.time()}))
 
 
 def write_history(history: Path, plan: dict[str, Any]) -> None:

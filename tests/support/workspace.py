@@ -120,6 +120,7 @@ def experiment_id(client: MlflowClient, name: str = EXPERIMENT) -> str:
 def _contents(client: MlflowClient, run: entities.Run) -> Run:
     run_id = run.info.run_id
     histories = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}
+    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
     datasets = [given.dataset for given in run.inputs.dataset_inputs] if run.inputs else []
     tags = {name: value.replace(run_id, "ID") for name, value in run.data.tags.items()}
     tags["mlflow.note.content"] = tags.get("mlflow.note.content", "").partition("<!--")[
@@ -134,7 +135,13 @@ def _contents(client: MlflowClient, run: entities.Run) -> Run:
         "metrics": {k: sorted((m.step, m.timestamp, m.value) for m in v) for k, v in histories.items()},
         "datasets": [(each.name, each.digest, each.source, each.profile) for each in datasets],
         "artifacts": _artifacts(client, run_id),
+        "models": [_model(model) for model in models],
     }
+
+
+def _model(model: entities.LoggedModel) -> dict[str, Any]:
+    metrics = {metric.key: (metric.value, metric.dataset_digest) for metric in model.metrics or []}
+    return {"name": model.name, "status": model.status, "tags": model.tags, "params": model.params, "metrics": metrics}
 
 
 def _artifacts(client: MlflowClient, run_id: str) -> dict[str, str]:
@@ -169,20 +176,30 @@ def answers(server: str) -> bool:
     return False
 
 
+def start_server(folder: Path, port: int, *words: str) -> "subprocess.Popen[bytes]":
+    """Start a real `mlflow server` that works in a folder, in a process group of its own."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    variables |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *words]
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)
+
+
+def stop_server(process: "subprocess.Popen[bytes]", number: signal.Signals = signal.SIGTERM) -> None:
+    """End a server with all its processes."""
+    os.killpg(process.pid, number)
+    process.wait(20)
+
+
 @contextmanager
 def serving(folder: Path, *words: str) -> Iterator[str]:
     """The address of a real `mlflow server` that works in a folder; `answers` tells whether it is up already."""
     port = free_port()
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    variables |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *words]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)
+    process = start_server(folder, port, *words)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(20)
+        stop_server(process)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
-"""The description of an MLflow run: origin, metrics, a sample of the generated text, commands to restore the model."""
+"""The description of an MLflow run: metrics, origin, a model card, a sample, commands to restore the model."""
 
 import hashlib
 import json
+import math
 import re
 import shlex
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gpt.core.files import read_json
@@ -29,7 +30,8 @@ def description(run: Path, run_id: str) -> str:
     )
     metrics = {name: metrics[name] for name in LEADING if name in metrics} | metrics
     table = [f"| {name} | {value:,.{0 if value.is_integer() else 4}f} |" for name, value in metrics.items()]
-    parts = ["\n".join(["| metric | value |", "|---|---|", *table]), _origin(train), *_sample(run)]
+    parts = ["\n".join(["| metric | value |", "|---|---|", *table]), _origin(train)]
+    parts += [*_model_card(train, metrics), *_sample(run)]
     return _signed("\n\n".join([*parts, *_restore(run, train, run_id)]))
 
 
@@ -51,6 +53,35 @@ def _origin(train: Record) -> str:
     if (changed := train.tags.get(DIRTY)) and not experiment:
         text += f" Uncommitted changes, which the commit does not restore: {_escaped(changed)}."
     return text
+
+
+def _model_card(train: Record, metrics: Mapping[str, float]) -> Iterator[str]:
+    """What a user of the model needs to know, as far as it is known yet."""
+    if not train.checkpoint:
+        return
+    data, get = train.dataset, metrics.get
+    lines = {
+        "Intended use": "learning how a GPT and this pipeline work. The text is meant to be neither true nor safe."
+    }
+    if data:
+        splits = (
+            f"{data.get('train_characters', 0):,} training and {data.get('val_characters', 0):,} validation characters"
+        )
+        vocabulary = f"{data.get('kind')} tokenizer with {data.get('vocab_size', 0):,} tokens"
+        lines["Data"] = f"text with SHA-256 `{str(data.get('corpus_sha256'))[:12]}…`, {splits}; {vocabulary}."
+    if bits := get("eval/bits_per_char"):
+        baseline = f"; bigram frequencies: {get('eval/bigram_bits_per_char', math.nan):.3f}"
+        error = f"{get('eval/calibration_error', math.nan):.1%}"
+        lines["Quality"] = f"{bits:.3f} bits per character of the validation text{baseline}. Calibration error {error}."
+        copied, longest = get("eval/copied", math.nan), get("eval/longest_copy", math.nan)
+        lines["Memorization"] = (
+            f"{copied:.1%} of the 30-character windows of generated text occur in the training text; the longest copy "
+            f"has {longest:.0f} characters."
+        )
+    context = train.params.get("model.block_size", "?")
+    lines["Limits"] = f"a context of {context} tokens; characters that the training text lacks cannot be encoded."
+    lines["License"] = "MIT, for code and weights; the training text has its own (tiny Shakespeare: public domain)."
+    yield "\n".join(["## Model card", "", *(f"- **{name}:** {text}" for name, text in lines.items())])
 
 
 def _sample(run: Path) -> Iterator[str]:

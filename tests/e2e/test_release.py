@@ -1,0 +1,119 @@
+"""A model from its training to others: promoted, served by MLflow, pulled by a colleague, downloaded from git."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import requests
+
+from gpt.core.files import sha256_file
+from stages.run_record import EXPERIMENT
+from tests.support.common import free_port, run, wait_for
+from tests.support.project import CHECKPOINT, artifacts, clone, dvc, dvc_environment, logged_steps, runs, store
+
+pytestmark = pytest.mark.proof
+
+VERSION = "chargpt@v1.0.0"  # a git tag in the format of GTO
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A clone in which the pipeline has run; its results are in a bare git repository and in a DVC remote."""
+    folder = tmp_path_factory.mktemp("release")
+    project = clone(folder / "project", corpus, launch__processes=1)
+    dvc(project, "remote", "add", "--default", "storage", str(folder / "storage"))
+    dvc(project, "repro")
+    stage(project, "sync")
+    dvc(project, "push")
+    run(["git", "add", "--all"], project)
+    run(["git", "commit", "--quiet", "--message", "results"], project)
+    run(["git", "tag", VERSION], project)
+    run(["git", "clone", "--quiet", "--bare", project, origin(project)], folder)
+    return project
+
+
+def origin(project: Path) -> Path:
+    return project.with_name("origin.git")
+
+
+def stage(project: Path, name: str, *arguments: str, code: int = 0) -> str:
+    return run([sys.executable, "-m", f"stages.{name}", *arguments], project, code=code, env=dvc_environment()).stdout
+
+
+def generated(project: Path) -> str:
+    options = ["--prompt", "the ", "--max-new-tokens", "20", "--seed", "1"]
+    command = [sys.executable, "-m", "gpt", "generate", "--checkpoint", CHECKPOINT, *options]
+    return run(command, project).stdout.removesuffix("\n")
+
+
+def test_mlflow_serves_the_promoted_model(project: Path, tmp_path: Path) -> None:
+    assert "promoted" in stage(project, "promote")
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    options = ["--env-manager", "local", "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/chargpt@champion", *options],
+        cwd=tmp_path,
+        env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}"},
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: answers(f"{address}/health"), 90)
+        body = {"inputs": ["the "], "params": {"max_new_tokens": 20, "seed": 1}}
+        answer = requests.post(f"{address}/invocations", json=body, timeout=60).json()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    assert answer == {"predictions": [generated(project)]}
+
+
+def answers(address: str) -> bool:
+    with suppress(requests.ConnectionError):
+        return requests.get(address, timeout=5).ok
+    return False
+
+
+def test_a_colleague_pulls_the_model_and_gets_its_run(project: Path) -> None:
+    colleague = project.with_name("colleague")
+    run(["git", "clone", "--quiet", origin(project), colleague], project)
+    dvc(colleague, "pull")
+    stage(colleague, "sync")
+    (theirs,), (ours,) = runs(project), runs(colleague)
+    assert ours.data.params == theirs.data.params
+    same = ("val/best_loss", "eval/bits_per_char", "val/loss")
+    assert [ours.data.metrics[name] for name in same] == pytest.approx([theirs.data.metrics[name] for name in same])
+    assert logged_steps(colleague, ours.info.run_id) == logged_steps(project, theirs.info.run_id)
+    assert {CHECKPOINT, "params.yaml", "generation_out.txt", "dvc.lock"} <= artifacts(colleague, ours.info.run_id)
+    (model,) = store(colleague).search_logged_models([ours.info.experiment_id])
+    assert (model.name, model.status) == (EXPERIMENT, "READY")
+    dvc(colleague, "exp", "run", "-S", "evaluate.seed=5")
+    (only,) = runs(colleague)
+    assert (only.info.run_id, only.data.params) == (ours.info.run_id, ours.data.params)
+    assert stage(colleague, "promote").count("promoted") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("artifacts", "get", "ORIGIN", "chargpt", "--rev", "v1.0.0", "--out", "model.pt"),
+        ("artifacts", "get", "PROJECT", "chargpt", "--out", "model.pt"),
+        ("get", "ORIGIN", CHECKPOINT, "--rev", VERSION, "--out", "model.pt"),
+    ],
+    ids=["version", "clone", "path"],
+)
+def test_dvc_downloads_the_model_from_git(project: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    places = {"ORIGIN": origin(project).as_uri(), "PROJECT": str(project)}
+    dvc(tmp_path, *(places.get(word, word) for word in arguments))
+    assert sha256_file(tmp_path / "model.pt") == sha256_file(project / CHECKPOINT)
+
+
+def test_dvc_imports_the_model_into_another_repository(project: Path, tmp_path: Path) -> None:
+    run(["git", "init", "--quiet"], tmp_path)
+    dvc(tmp_path, "init", "--quiet")
+    dvc(tmp_path, "import", origin(project).as_uri(), CHECKPOINT)
+    assert sha256_file(tmp_path / CHECKPOINT) == sha256_file(project / CHECKPOINT)
+    assert (tmp_path / f"{CHECKPOINT}.dvc").exists()

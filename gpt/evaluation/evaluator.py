@@ -69,14 +69,17 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     precision = torch.bfloat16 if params.precision == "bfloat16" else torch.float32
     by_batch, probability, correct = predictions(model, windows, device, precision)
     nats = math.fsum(float(batch.sum()) for batch in by_batch)
-    bits = nats / math.log(2) / data.meta.val_characters
+    per_character = 1 / math.log(2) / data.meta.val_characters  # bits for a nat of the whole split
+    bits = nats * per_character
     calibration = calibration_table(probability, correct)
     samples = _generate(model, data.tokenizer, characters=params.sample_characters, seed=params.seed)
     real_texts = _validation_texts(data, count=SAMPLES, length=len(samples[0]))
     corpus = data.tokenizer.decode(data.train.tolist())
     copies, reference = find_copies(samples, corpus), find_copies(real_texts, corpus)
+    bigram = bigram_loss(data.train, data.val, data.meta.vocab_size)
     metrics = {
         "eval/bits_per_char": bits,
+        "eval/bigram_bits_per_char": bigram * len(data.val) * per_character,
         "eval/calibration_error": calibration_error(calibration),
         "eval/longest_copy": len(copies.longest),
         "eval/copied": copies.share,
@@ -91,7 +94,7 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
         loss_by_block(by_batch, data),
         calibration,
         [
-            _loss_summary(loss, bits, data),
+            _loss_summary(loss, bits, bigram, data),
             accuracy,
             _memorization_summary(copies, reference),
             *_overfitting_summary(model, data, params.batch_size, loss, device),
@@ -136,10 +139,10 @@ def _validation_texts(data: TokenData, *, count: int, length: int) -> list[str]:
     return [beginning[start : start + length] for start in range(0, len(beginning), length)]
 
 
-def _loss_summary(loss: float, bits: float, data: TokenData) -> str:
+def _loss_summary(loss: float, bits: float, bigram: float, data: TokenData) -> str:
     size = data.meta.vocab_size
+    unigram = unigram_loss(data.train, data.val, size)
     perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
-    bigram, unigram = (baseline(data.train, data.val, size) for baseline in (bigram_loss, unigram_loss))
     return (
         f"loss {loss:.4f} nats per token, {bits:.3f} bits per character, perplexity {perplexity:.2f}; baselines: "
         f"bigram {bigram:.3f}, unigram {unigram:.3f}, uniform {math.log(size):.3f} nats per token"

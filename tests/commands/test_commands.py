@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -61,7 +62,11 @@ def test_evaluate_reproduces_the_validation_loss_of_training(
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
     metrics = json.loads((tmp_path / "evaluate.json").read_text())
     val_loss = load_checkpoint(trained / "model.pt").about["val_loss"]
-    assert list(metrics) == ["eval/bits_per_char", "eval/calibration_error", "eval/longest_copy", "eval/copied"]
+    names = ["bits_per_char", "bigram_bits_per_char", "calibration_error", "longest_copy", "copied"]
+    assert list(metrics) == [f"eval/{name}" for name in names]
+    bigram = re.search(r"bigram ([\d.]+)", printed)
+    assert bigram
+    assert metrics["eval/bigram_bits_per_char"] == pytest.approx(float(bigram[1]) / math.log(2), abs=0.001)
     assert metrics["eval/bits_per_char"] == pytest.approx(val_loss / math.log(2), abs=0.001)
     assert f"loss {val_loss:.4f} nats" in printed
     assert len((tmp_path / "positions.csv").read_text().splitlines()) == 1 + 32

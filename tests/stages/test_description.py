@@ -49,6 +49,33 @@ def test_metrics_and_commands(run: Path) -> None:
     assert "Sample" not in text
 
 
+def test_the_model_card_has_data_metrics_and_baseline(run: Path) -> None:
+    data = {
+        "corpus_sha256": "c" * 64,
+        "train_characters": 9000,
+        "val_characters": 1000,
+        "kind": "char",
+        "vocab_size": 65,
+    }
+    save(run, TRAIN.model_copy(update={"dataset": data, "params": {"model.block_size": "128"}}), {})
+    metrics = {"bits_per_char": 2.1234, "bigram_bits_per_char": 3.58, "calibration_error": 0.03, "copied": 0.25}
+    results = {f"eval/{name}": value for name, value in metrics.items()} | {"eval/longest_copy": 21}
+    save(run, Record(stage="evaluate", began=0, ended=1, metrics=results), {})
+    card = description(run, "0123").partition("## Model card")[2].partition("##")[0]
+    for part in (
+        "cccc",
+        "9,000 training",
+        "65 tokens",
+        "2.123 bits",
+        "3.580",
+        "3.0%",
+        "25.0%",
+        "21 char",
+        "128 tokens",
+    ):
+        assert part in card
+
+
 def test_a_sample_of_any_text_fits_into_a_code_block_and_a_tag(run: Path) -> None:
     generate, params = Record(stage="generate", began=0, ended=1), json.dumps({"generate.prompts": '["it\'s", "b"]'})
     texts = {"logs/generate.log": "no sample", "params/generate.json": params, "text.txt": "a ```` b\n" * 5000}

@@ -62,8 +62,8 @@ def test_evaluate_reproduces_the_validation_loss_of_training(
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
     metrics = json.loads((tmp_path / "evaluate.json").read_text())
     val_loss = load_checkpoint(trained / "model.pt").about["val_loss"]
-    names = ["bits_per_char", "bigram_bits_per_char", "calibration_error", "longest_copy", "copied"]
-    assert list(metrics) == [f"eval/{name}" for name in names]
+    expected = ["bits_per_char", "bigram_bits_per_char", "calibration_error", "longest_copy", "copied"]
+    assert list(metrics) == [f"eval/{name}" for name in expected]
     bigram = re.search(r"bigram ([\d.]+)", printed)
     assert bigram
     assert metrics["eval/bigram_bits_per_char"] == pytest.approx(float(bigram[1]) / math.log(2), abs=0.001)

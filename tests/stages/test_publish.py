@@ -15,7 +15,9 @@ import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
 
+from gpt.core.errors import UserError
 from gpt.core.files import sha256_file
+from stages.tracking.store import Store
 from tests.support.common import wait_for
 from tests.support.workspace import PARAMS, Workspace, answers, ended, experiment_id, runs_in, steps, values
 
@@ -229,6 +231,20 @@ def test_a_store_that_becomes_available_before_the_end_gets_everything(place: Wo
     assert ended(wrapper, 75) == "stages.train: stopped by SIGTERM\n"
     (run,) = place.runs()
     assert (run["status"], steps(run, "train/loss")) == ("KILLED", [0, 1, 2])
+
+
+def test_a_store_that_is_deleted_or_replaced_while_it_is_open_is_noticed(place: Workspace) -> None:
+    """MLflow's open connections would go on writing to the deleted file."""
+    file = place.folder / "mlflow.db"
+    store = Store(f"sqlite:///{file}", place.folder, "chargpt")
+    store.check_file()
+    content = file.read_bytes()
+    file.rename(file.with_name("kept.db"))
+    with pytest.raises(UserError, match=r"mlflow\.db was deleted"):
+        store.check_file()
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"mlflow\.db was deleted or replaced"):
+        store.check_file()
 
 
 def test_a_refused_command_leaves_its_message_and_no_run(place: Workspace) -> None:

@@ -24,14 +24,14 @@ VERSION = "chargpt@v1.0.0"  # a git tag in the format of GTO
 def project(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A clone in which the pipeline has run; its results are in a bare git repository and in a DVC remote."""
     folder = tmp_path_factory.mktemp("release")
-    project = clone(folder / "project", corpus, launch__processes=1)
+    project = clone(folder / "project", corpus, launch__processes=1, train__max_steps=200)
     dvc(project, "remote", "add", "--default", "storage", str(folder / "storage"))
     dvc(project, "repro")
     stage(project, "sync")
     dvc(project, "push")
     run(["git", "add", "--all"], project)
     run(["git", "commit", "--quiet", "--message", "results"], project)
-    run(["git", "tag", VERSION], project)
+    run(["git", "tag", "--annotate", "--message", "first release", VERSION], project)
     run(["git", "clone", "--quiet", "--bare", project, origin(project)], folder)
     return project
 

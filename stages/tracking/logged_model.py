@@ -55,7 +55,11 @@ def log_model(client: MlflowClient, run: Run, train: Record, checkpoint: Path | 
     if (model and model.status == "READY") or not checkpoint:
         return False
     if not model:
-        info, tags = run.info, {tag: train.checkpoint}
+        info, source = (
+            run.info,
+            {name: value for name, value in train.tags.items() if name.startswith("mlflow.source.")},
+        )
+        tags = {tag: train.checkpoint, **source}
         model = client.create_logged_model(info.experiment_id, NAME, info.run_id, tags, train.params, "text generation")
     with tempfile.TemporaryDirectory() as temporary:
         _save_model(Path(temporary) / NAME, checkpoint)

@@ -1,15 +1,17 @@
 """The registered model: find models, register versions, read their evaluations, write the verdicts of the gate."""
 
-import io
 import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from mlflow import register_model
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, Run
 from mlflow.entities.model_registry import ModelVersion
@@ -49,7 +51,7 @@ class Registry:
 
     def __init__(self, store: Store) -> None:
         self.store, self.client = store, store.client
-        # create_model_version looks up a logged model in the store of this variable, whatever the client's is.
+        # register_model works with the store of this variable.
         os.environ["MLFLOW_TRACKING_URI"] = self.client.tracking_uri
 
     def find(self, tags: Mapping[str, str], missing: str) -> Model:
@@ -127,7 +129,7 @@ class Registry:
         return Evaluation(
             checkpoint=checkpoint,
             corpus=_corpus(run),
-            blocks=pd.read_csv(io.StringIO(blocks)),
+            blocks=pd.read_csv(StringIO(blocks)),
             calibration_error=metrics["eval/calibration_error"],
             copied=metrics["eval/copied"],
             params=run.data.params,
@@ -140,12 +142,9 @@ class Registry:
         """The model with its version, which is created if there is none; requires the store's lock."""
         version = self._version_of(model.run_id)
         if not version:
-            if not self.client.search_registered_models(f"name = '{REGISTERED}'"):
-                self.client.create_registered_model(REGISTERED)
             logged = self._logged_model(self._run(model.run_id))
-            version = self.client.create_model_version(
-                REGISTERED, logged.model_uri, model.run_id, model_id=logged.model_id
-            ).version
+            with redirect_stderr(StringIO()):  # it prints what the report of the promotion says too
+                version = register_model(logged.model_uri, REGISTERED).version
         return Model(model.run_id, model.name, str(version))
 
     def write(self, model: Model, verdict: Verdict, tags: Mapping[str, str], report: str) -> None:

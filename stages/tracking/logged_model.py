@@ -62,7 +62,9 @@ def log_model(client: MlflowClient, run: Run, train: Record, checkpoint: Path | 
         tags = {tag: train.checkpoint, **source}
         model = client.create_logged_model(info.experiment_id, NAME, info.run_id, tags, train.params, "text generation")
     with tempfile.TemporaryDirectory() as temporary:
-        _save_model(Path(temporary) / NAME, checkpoint)
+        file = Path(temporary) / Path(train.checkpoint_file).name  # that in DVC's cache is named by its hash
+        shutil.copyfile(checkpoint, file)
+        _save_model(Path(temporary) / NAME, file)
         client.log_model_artifacts(model.model_id, str(Path(temporary) / NAME))
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, 0)])
     client.finalize_logged_model(model.model_id, "READY")

@@ -135,6 +135,8 @@ def test_changes_are_published_and_a_users_edits_are_kept(
     (run,) = runs_in(client)
     assert run["tags"]["run.key"] == kept[0].name
     assert run["artifacts"]["w.pt"] == "weights"
+    (model,) = client.search_logged_models([experiment_id(client)])
+    assert (Path(model.artifact_location.removeprefix("file://")) / "data/w.pt").read_text() == "weights"
     (kept[0] / "row/generate/text.txt").write_text("ROMEO: ah\n")  # as long as before
     client.set_tag(evaluated.info.run_id, "mlflow.note.content", "the best so far")
     Path("dvc.lock").write_text(f"{Path('dvc.lock').read_text()}# of another evaluation\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt.core.files import sha256_file
+from stages.run_record import COMMIT
 from tests.support.common import ROOT, STAGES, contents, environment, read_yaml, run
 from tests.support.project import (
     CHECKPOINT,
@@ -89,7 +90,7 @@ def test_one_mlflow_run_holds_everything_about_the_model(project: Path) -> None:
     assert found.data.params["model.n_embd"] == "32"
     assert found.data.tags["checkpoint.sha256"] == sha256_file(project / CHECKPOINT)
     assert len(found.data.tags["run.key"]) == 64
-    assert found.data.tags["git.commit"] == run(["git", "rev-parse", "HEAD"], project).stdout.strip()
+    assert found.data.tags[COMMIT] == run(["git", "rev-parse", "HEAD"], project).stdout.strip()
     metrics = json.loads((project / "metrics" / "evaluate.json").read_text())
     assert found.data.metrics["eval/bits_per_char"] == metrics["eval/bits_per_char"]
     assert found.inputs is not None

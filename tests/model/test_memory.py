@@ -91,7 +91,7 @@ def test_an_evaluation_that_does_not_fit_is_refused(
     (tmp_path / "memory.max").write_text("10000000\n")
     monkeypatch.setattr(memory, "CGROUP_MAX", tmp_path / "memory.max")
     write_params(tmp_path / "params.yaml", **FAST, evaluate__sample_characters=10**8)
-    outputs = ["--metrics", "m.json", "--positions", "p.csv", "--calibration", "c.csv"]
+    outputs = ["--metrics", "m.json", "--positions", "p.csv", "--blocks", "b.csv", "--calibration", "c.csv"]
     checkpoint = ["--checkpoint", str(trained / "model.pt")]
     line = run_main("evaluate", "--params", "params.yaml", "--tokens", tokens, *checkpoint, *outputs, code=2)
     assert "evaluate.sample_characters: expected a value with which the evaluation" in line

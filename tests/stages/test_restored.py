@@ -19,8 +19,9 @@ STAGES = {
         ["download", "tokenize", "model", "train"],
     ),
     "evaluate": (
-        "--metrics m/evaluate.json --positions plots/positions.csv --calibration plots/calibration.csv",
-        ["plots/positions.csv", "plots/calibration.csv"],
+        "--metrics m/evaluate.json --positions plots/positions.csv --blocks plots/blocks.csv "
+        "--calibration plots/calibration.csv",
+        ["plots/positions.csv", "plots/blocks.csv", "plots/calibration.csv"],
         ["evaluate"],
     ),
     "generate": ("--out text.txt", ["text.txt"], ["generate"]),

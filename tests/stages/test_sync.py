@@ -221,7 +221,7 @@ def test_artifacts_that_cannot_be_stored_are_added_later(
     assert sync.main([]) == 0
     (run,) = runs_in(client)
     assert run["artifacts"]["text.txt"] == "ROMEO: hm\n"
-    assert {**run, "artifacts": {}, "tags": 0} == {**without, "tags": 0}
+    assert {**run, "artifacts": {}, "models": [], "tags": 0} == {**without, "models": [], "tags": 0}
 
 
 def test_a_store_of_another_mlflow_version_is_named_with_the_remedy(

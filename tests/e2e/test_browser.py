@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from playwright.sync_api import Browser, Page, Route, ViewportSize, expect, sync
 
 from stages.publish import connect
 from stages.run_record import COMMIT, EXPERIMENT
-from tests.support.common import read_yaml, wait_for
-from tests.support.project import clone, dvc, runs
+from tests.support.common import read_yaml, run, wait_for
+from tests.support.project import clone, dvc, dvc_environment, runs
 from tests.support.workspace import answers, serving
 
 pytestmark = pytest.mark.proof
@@ -49,7 +50,7 @@ def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def project(browser: Browser, tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A clone in which the pipeline has run, so fast that MLflow has to be told to sample the system more often."""
-    folder = clone(tmp_path_factory.mktemp("browser") / "a project", corpus, launch__processes=1)
+    folder = clone(tmp_path_factory.mktemp("browser") / "a project", corpus, launch__processes=1, train__max_steps=200)
     dvc(folder, "repro", MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL="0.2")
     return folder
 
@@ -71,6 +72,19 @@ def test_the_table_of_runs_has_the_losses(page: Page, address: str, project: Pat
         expect(page.get_by_role("columnheader", name=metric).first).to_be_visible()
     (found,) = runs(project)
     expect(page.get_by_role("gridcell", name=f"{found.data.metrics['val/best_loss']:.4f}").first).to_be_visible()
+
+
+def test_the_models_tab_compares_models_and_links_to_their_versions(page: Page, address: str, project: Path) -> None:
+    run([sys.executable, "-m", "stages.promote"], project, env=dvc_environment())
+    page.set_viewport_size(ViewportSize(width=2400, height=800))
+    page.goto(address.partition("/runs/")[0] + "/models?workflowType=machine_learning")
+    for column in ("Source run", "Registered models", "Dataset", "val/best_loss"):
+        expect(page.get_by_text(column, exact=True).first).to_be_visible()
+    expect(page.get_by_text("dvc.yaml:train").first).to_be_visible()
+    page.get_by_role("link", name="chargpt v1").first.click()
+    expect(page.get_by_role("heading", name="Version 1")).to_be_visible()
+    expect(page.get_by_text("champion").first).to_be_visible()
+    expect(page.get_by_role("cell", name="calibration error")).to_be_visible()
 
 
 @pytest.fixture

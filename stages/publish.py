@@ -38,12 +38,17 @@ def tracking_uri(root: Path) -> str:
     return address if scheme or not separator else f"{SQLITE}{root / path}"
 
 
-def connect(root: Path) -> "Store":
-    """Import MLflow, which takes more than a second, and open the store."""
+def prepare_client() -> None:
+    """Set the environment of MLflow's client, before it is imported."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
     for name in ("no_proxy", "NO_PROXY"):  # a proxy cannot reach a server on this machine's loopback interface
         os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "localhost", "127.0.0.1", "::1"])
+
+
+def connect(root: Path) -> "Store":
+    """Import MLflow, which takes more than a second, and open the store."""
+    prepare_client()
     store: Store = fast_import("stages.tracking.store").Store(tracking_uri(root), root)
     return store
 

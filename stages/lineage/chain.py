@@ -41,6 +41,8 @@ class Chains:
             item.places.append(Place("run folder", address, VERIFIED))
         for run in self._runs:
             self.finder.locate_tracked(item, run.files, named_by_hash=False)
+        if not item.places:
+            item.details["recorded"] = "nowhere: only the text itself names its checkpoint"
         return item
 
     def checkpoint(self, sha256: str, md5: str, corpus: str = "", given: Content | None = None) -> Item:

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ class Finder:
     def __init__(self, evidence: Evidence, tracking: "Lookup | None", *, verify: bool) -> None:
         self._evidence, self._tracking, self._verify = evidence, tracking, verify
         self._root = evidence.root
+        self._cache, self._remotes = _dvc_storage(self._root)
 
     def locate(self, item: Item, paths: Iterable[str]) -> None:
         """Add the places of an item in the workspace (at these paths), DVC's cache and its remotes."""
@@ -95,10 +96,10 @@ class Finder:
 
     def _look_in_cache(self, item: Item, recorded: str) -> None:
         """DVC's cache should have an output of the workspace, unless dvc.yaml says `cache: false`."""
-        cache = self._cache
-        if not cache:
+        stored = self._cache
+        if not stored:
             return
-        file = cache / _object(item.md5)
+        file = stored / _object(item.md5)
         if not file.exists():
             if recorded and recorded not in self._uncached:
                 remedy = "dvc pull, or if the workspace has it, dvc commit"
@@ -107,13 +108,13 @@ class Finder:
         place = Place("DVC cache", shown(file, self._root))
         item.places.append(place)
         read = self._verify or not (item.content or item.sha256)
-        self._check(item, place, lambda md5: cache / _object(md5), read=read)
+        self._check(item, place, lambda md5: stored / _object(md5), read=read)
 
     def _look_in_remote(self, item: Item, remote: str) -> None:
         """A remote need not have an item: pushing is the user's decision."""
         base = f"remote://{remote}/"
         place = Place("DVC remote", base + _object(item.md5).as_posix())
-        if self._dvc("list-url", place.address) is None:
+        if _dvc(self._root, "list-url", place.address) is None:
             return
         item.places.append(place)
         if self._verify:
@@ -121,7 +122,7 @@ class Finder:
 
                 def fetch(md5: str) -> Path:
                     file = Path(folder) / _object(md5).name
-                    self._dvc("get-url", base + _object(md5).as_posix(), str(file))
+                    _dvc(self._root, "get-url", base + _object(md5).as_posix(), str(file))
                     return file
 
                 self._check(item, place, fetch, read=True)
@@ -166,14 +167,6 @@ class Finder:
         return "; ".join(f"{n}: expected MD5 {expected.get(n, 'none')}, found {got.get(n, 'none')}" for n in names)
 
     @cached_property
-    def _cache(self) -> Path | None:
-        return dvc_cache(self._root)
-
-    @cached_property
-    def _remotes(self) -> list[str]:
-        return [line.split()[0] for line in (self._dvc("remote", "list") or "").splitlines() if line.strip()]
-
-    @cached_property
     def _uncached(self) -> set[str]:
         """The outputs of dvc.yaml with `cache: false`."""
         file = self._root / "dvc.yaml"
@@ -184,11 +177,19 @@ class Finder:
         named = {name: flags for entry in entries if isinstance(entry, dict) for name, flags in entry.items()}
         return {name for name, flags in named.items() if (flags or {}).get("cache") is False}
 
-    def _dvc(self, *arguments: str) -> str | None:
-        """The output of dvc; None if it fails."""
-        command = [sys.executable, "-m", "dvc", *arguments]
-        done = subprocess.run(command, cwd=self._root, capture_output=True, text=True, check=False)
-        return None if done.returncode else done.stdout
+
+@cache  # each call of dvc takes half a second
+def _dvc_storage(root: Path) -> tuple[Path | None, list[str]]:
+    """DVC's cache folder, and the names of its remotes."""
+    lines = (_dvc(root, "remote", "list") or "").splitlines()
+    return dvc_cache(root), [line.split()[0] for line in lines if line.strip()]
+
+
+def _dvc(root: Path, *arguments: str) -> str | None:
+    """The output of dvc; None if it fails."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return None if done.returncode else done.stdout
 
 
 def shown(path: Path, root: Path) -> str:

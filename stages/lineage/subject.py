@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gpt.core.errors import UserError
 from stages.lineage.chain import Chains
-from stages.lineage.items import VERIFIED, Content, Item, Place, content_of
+from stages.lineage.items import Content, Item, Place, content_of
 from stages.lineage.training import Training, run_item
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _of_given(chains: Chains, content: Content) -> Item:
     item, recorded = _of_content(chains, content), _recorded(chains, content)
     root, here = chains.evidence.root, content.path.resolve()
     if all((root / place.address).resolve() != here for place in item.places):
-        item.places.insert(0, Place("file", str(content.path), VERIFIED))
+        item.places.insert(0, Place("file", str(content.path)))
     if recorded and recorded[1] != content.md5:
         item.problems.append(f"dvc.lock records other content for {recorded[0]}: MD5 {recorded[1]}")
     item.learn(content)

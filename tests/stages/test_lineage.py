@@ -1,0 +1,311 @@
+"""`python -m stages.lineage`: chains from texts, checkpoints, metrics, runs and models, found by content."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.repo import Repo
+from mlflow import MlflowClient
+from ruamel.yaml import YAML
+
+from gpt.core.errors import UserError
+from gpt.core.files import read_json, sha256_file
+from gpt.core.params import read_params
+from stages import sync
+from stages.command_line import enter
+from stages.lineage.__main__ import main
+from stages.lineage.items import content_of
+from stages.run_record import Record, flatten, save
+from tests.conftest import call_main
+from tests.support.common import FAST, STAGES, environment, only_line, run, stage_line, write_params
+from tests.support.project import CHECKPOINT, clone, dvc, runs
+
+TEXT, TOKENS, CORPUS, METRICS = "generation_out.txt", "data/tokens", "data/shakespeare.txt", "metrics/train.json"
+KEY = "a1b2c3d4" * 8
+CHAIN = ["text", "checkpoint", "run", "params", "code", "tokens", "corpus", "source"]
+Chain = dict[str, dict[str, Any]]
+Trace = Callable[..., Chain]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokens: Path, trained: Path, empty_store: Path
+) -> Path:
+    """A project with the outputs of a training and a generation in DVC, git, a run folder and MLflow."""
+    project = tmp_path_factory.mktemp("lineage") / "project"
+    shutil.copytree(tokens, project / TOKENS)
+    shutil.copy(corpus, project / CORPUS)
+    for folder in ("metrics", "plots"):
+        (project / folder).mkdir()
+        for path in trained.glob(f"{folder}/*"):
+            shutil.copy(path, project / folder)
+    shutil.copy(trained / "model.pt", project / CHECKPOINT)
+    sources = {
+        "download__sources": [str(corpus), "https://user:secret@host/text"],
+        "download__sha256": sha256_file(corpus),
+    }
+    text = {"generate__max_new_tokens": 9, "generate__prompts": ["the "]}
+    write_params(project / "params.yaml", **FAST, **sources, **text, train__max_steps=20, model__dropout=0.0)
+    with chdir(project), pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
+            patch.delenv(name, raising=False)
+        assert call_main(*stage_line("generate")) == 0
+        record_in_dvc()
+        record_run(project / ".runs" / KEY)
+        shutil.copyfile(empty_store, "mlflow.db")
+        assert sync.main([]) == 0
+        client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+        (tracked,) = runs(project)
+        client.create_registered_model("chargpt")
+        version = client.create_model_version("chargpt", tracked.info.artifact_uri or "", tracked.info.run_id)
+        client.set_registered_model_alias("chargpt", "champion", version.version)
+    return project
+
+
+def record_in_dvc() -> None:
+    """Commit the outputs in the current folder to DVC and git, with the stages of this project but without code."""
+    kept = {name: stage for name, stage in STAGES.items() if name != "evaluate"}
+    stages = {name: {**s, "deps": [dep for dep in s["deps"] if not dep.startswith("gpt/")]} for name, s in kept.items()}
+    YAML(typ="safe", pure=True).dump({"stages": stages}, Path("dvc.yaml"))
+    Path(".gitignore").write_text("mlflow.db*\nmlruns/\n.runs/\ngpt_nano.log\n")
+    run(["git", "init", "--quiet"], Path.cwd())
+    Repo.init().commit(force=True)
+    run(["git", "add", "--all"], Path.cwd())
+    run(["git", "commit", "--quiet", "--message", "a model"], Path.cwd())
+
+
+def record_run(folder: Path) -> None:
+    """Write the run folder that the wrappers of training and generation would write."""
+    checkpoint = content_of(Path(CHECKPOINT))
+    assert checkpoint
+    hashes = {"checkpoint": checkpoint.sha256, "checkpoint_md5": checkpoint.md5, "checkpoint_file": CHECKPOINT}
+    commit = run(["git", "rev-parse", "HEAD"], Path.cwd()).stdout.strip()
+    tags = {"run.key": KEY, "checkpoint.sha256": checkpoint.sha256, "git.commit": commit, "git.changed": "gpt/api.py"}
+    params = flatten(read_params(Path("params.yaml")), ("download", "tokenize", "model", "train"))
+    params["download.sources"] = params["download.sources"].replace("user:secret@", "")
+    about = {"tags": tags, "params": params, "dataset": read_json(Path(TOKENS, "meta.json"))}
+    train = Record(stage="train", name="wise-owl", began=1, ended=2, **hashes, **about)
+    save(folder, train, {"params.yaml": Path("params.yaml"), "train.json": Path(METRICS)})
+    generate = Record(stage="generate", began=3, ended=4, tags={"checkpoint.sha256": checkpoint.sha256})
+    save(folder, generate, {TEXT: Path(TEXT)})
+
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: the finished project, restored after the test where that changed it."""
+    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(finished)
+    return finished
+
+
+@pytest.fixture
+def trace(capsys: pytest.CaptureFixture[str]) -> Trace:
+    """The items of a chain by kind; also their problems as `problems`."""
+
+    def invoke(*arguments: str | Path, code: int = 0) -> Chain:
+        capsys.readouterr()
+        assert main([*map(str, arguments), "--json"]) == code
+        return parsed(capsys.readouterr().out)
+
+    return invoke
+
+
+def parsed(output: str) -> Chain:
+    """The items of a chain in JSON by kind."""
+    top = json.loads(output)
+    found: Chain = {"problems": {"all": top["all_problems"]}}
+    pending = [top]
+    while pending:
+        item = pending.pop(0)
+        found[item["kind"]] = item
+        pending += item.get("origins", [])
+    return found
+
+
+def where(item: dict[str, Any]) -> dict[str, str]:
+    """The places of an item with their states."""
+    return {place["where"]: place["state"] for place in item["places"]}
+
+
+def test_a_text_leads_to_its_source_with_every_hash_and_place(project: Path, trace: Trace, corpus: Path) -> None:
+    chain = trace(TEXT, "--verify")
+    assert set(chain) == {*CHAIN, "problems"}
+    files = {"text": TEXT, "checkpoint": CHECKPOINT, "params": "params.yaml", "corpus": CORPUS, "source": CORPUS}
+    assert {kind: chain[kind]["sha256"] for kind in files} == {k: sha256_file(Path(v)) for k, v in files.items()}
+    assert chain["tokens"]["files"] == {path.name: sha256_file(path) for path in Path(TOKENS).iterdir()}
+    expected = {
+        "text": {"workspace", "DVC cache", "run folder", "MLflow"},
+        "checkpoint": {"workspace", "DVC cache", "MLflow"},
+        "params": {"workspace", "git", "run folder", "MLflow"},
+        "tokens": {"workspace", "DVC cache"},
+        "corpus": {"workspace", "DVC cache"},
+    }
+    assert {kind: where(chain[kind]) for kind in expected} == {
+        kind: dict.fromkeys(places, "verified") for kind, places in expected.items()
+    }
+    assert chain["run"]["details"]["key"] == KEY
+    assert "chargpt version 1 (champion)" in chain["run"]["details"]["registered"]
+    assert run(["git", "rev-parse", "HEAD"], project).stdout.strip() in chain["code"]["name"]
+    assert chain["code"]["details"]["uncommitted"] == "gpt/api.py"
+    states = [(place["address"], place["state"]) for place in chain["source"]["places"]]
+    assert states == [(str(corpus), "verified"), ("https://host/text", "not fetched")]
+
+
+@pytest.mark.parametrize("subject", ["copy", METRICS, KEY[:8], "run id", "models:/chargpt@champion"])
+def test_all_ways_lead_to_the_same_checkpoint(project: Path, trace: Trace, tmp_path: Path, subject: str) -> None:
+    if subject == "copy":
+        subject = str(shutil.copy(CHECKPOINT, tmp_path / "renamed.pt"))
+    elif subject == "run id":
+        subject = runs(project)[0].info.run_id
+    chain = trace(subject)
+    assert set(CHAIN[1:]) <= set(chain)
+    assert chain["checkpoint"]["sha256"] == sha256_file(Path(CHECKPOINT))
+    assert chain["corpus"]["sha256"] == sha256_file(Path(CORPUS))
+    assert where(chain["checkpoint"])["MLflow"] == "present"
+    if subject.endswith("renamed.pt"):
+        assert chain["checkpoint"]["places"][0] == {"where": "file", "address": subject, "state": "present"}
+
+
+@pytest.fixture
+def damaged(project: Path) -> Iterator[list[str]]:
+    """One byte of the tokens differs, and DVC's cache has lost the text and one file of the tokens."""
+    train, val = Path(TOKENS, "train.bin"), Path(TOKENS, "val.bin")
+    paths = [content_of(path) for path in (Path(TEXT), val)]
+    lost = [Path(".dvc/cache/files/md5", content.md5[:2], content.md5[2:]) for content in paths if content]
+    before, kept = train.read_bytes(), [path.read_bytes() for path in lost]
+    train.unlink()
+    train.write_bytes(bytes([before[0] ^ 1]) + before[1:])
+    for path in lost:
+        path.unlink()
+    yield [path.name for path in lost]
+    train.write_bytes(before)
+    for path, content in zip(lost, kept, strict=True):
+        path.write_bytes(content)
+
+
+def test_verify_names_what_differs_and_what_is_missing(damaged: list[str], trace: Trace) -> None:
+    problems = trace(TEXT, "--verify", code=1)["problems"]["all"]
+    assert len(problems) == 3
+    assert f"text {TEXT}: DVC cache" in problems[0]
+    assert damaged[0] in problems[0]
+    assert "tokens data/tokens: workspace" in problems[1]
+    assert "train.bin" in problems[1]
+    assert "val.bin" in problems[2]
+    assert trace(TEXT)["problems"]["all"] == problems  # without --verify, they are shown as well
+
+
+def test_a_byte_that_differs_in_the_cache_is_found_by_verify_only(project: Path, trace: Trace) -> None:
+    content = content_of(Path(CHECKPOINT))
+    assert content
+    cached = Path(".dvc/cache/files/md5", content.md5[:2], content.md5[2:])
+    kept = cached.read_bytes()
+    cached.chmod(0o644)
+    try:
+        cached.write_bytes(kept[:-1] + b"x")
+        assert where(trace(TEXT)["checkpoint"])["DVC cache"] == "present"
+        chain = trace(TEXT, "--verify", code=1)
+        assert where(chain["checkpoint"])["DVC cache"] == "different"
+        assert where(chain["checkpoint"])["workspace"] == "verified"
+    finally:
+        cached.write_bytes(kept)
+
+
+def test_an_unknown_file_is_one_line_and_exit_code_2(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a\x1b[2J.txt"
+    file.write_text("no output")
+    monkeypatch.setattr(sys, "argv", ["lineage", str(file)])
+    with pytest.raises(SystemExit, match="2"):
+        enter("lineage", main)
+    output, errors = capsys.readouterr()
+    line = only_line(errors)
+    assert sha256_file(file) in line
+    assert "\x1b" not in line
+    assert output == ""
+
+
+def test_a_changed_output_is_not_taken_for_the_recorded_one(project: Path, trace: Trace) -> None:
+    """A text still names its checkpoint; a metrics file names nothing."""
+    for name, found in ((TEXT, True), (METRICS, False)):
+        path = Path(name)
+        kept = path.read_bytes()
+        path.write_bytes(kept + b" ")
+        try:
+            if found:
+                assert trace(name, "--verify", code=1)["checkpoint"]["sha256"] == sha256_file(Path(CHECKPOINT))
+            else:
+                with pytest.raises(UserError, match=f"dvc checkout --force {name}"):
+                    main([name])
+        finally:
+            path.write_bytes(kept)
+
+
+def test_without_store_run_folder_and_dvc_a_checkpoint_names_its_corpus(
+    project: Path, tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(CHECKPOINT, tmp_path / "found.pt")
+    sha256 = sha256_file(Path(CORPUS))
+    monkeypatch.chdir(tmp_path)
+    chain = trace("found.pt")
+    assert chain["corpus"]["sha256"] == sha256
+    assert chain["run"]["problems"]
+    assert main(["found.pt"]) == 0
+    assert "MLflow was not searched: there is no store" in capsys.readouterr().out
+    with pytest.raises(UserError, match="expected an MLflow store"):
+        main(["models:/chargpt@champion"])
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_the_tree_shows_the_same_and_escapes_text_from_outside(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copy(TEXT, tmp_path / "a\x1b[2J\n.txt")
+    assert main([str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert "\\x1b[2J\\n.txt" in output
+    lines = [line.strip(" │├└─") for line in output.splitlines()]
+    assert [line.split("  ")[0] for line in lines if line.split("  ")[0] in CHAIN] == CHAIN
+    assert f"SHA-256      {sha256_file(Path(CORPUS))}" in output
+
+
+@pytest.mark.proof
+def test_a_clone_traces_what_it_pulled_and_earlier_versions(tmp_path: Path, corpus: Path) -> None:
+    """The real pipeline, twice with other seeds; then a clone with neither run folder nor store."""
+    project, copy = clone(tmp_path / "project", corpus), tmp_path / "copy"
+
+    def traced(folder: Path, subject: str | Path, *options: str, code: int = 0) -> Chain:
+        command = [sys.executable, "-m", "stages.lineage", subject, "--json", *options]
+        return parsed(run(command, folder, code=code, env=environment(PYTHONPATH="")).stdout)
+
+    dvc(project, "remote", "add", "--default", "store", str(tmp_path / "remote"))
+    dvc(project, "repro")
+    early = Path(shutil.copy(project / TEXT, tmp_path / "early.txt"))
+    chain = traced(project, TEXT, "--verify")
+    assert {"DVC remote"} & set(where(chain["checkpoint"])) == set()
+    run(["git", "add", "--all"], project)
+    run(["git", "commit", "--quiet", "--message", "one"], project)
+    dvc(project, "push")
+    assert where(traced(project, TEXT, "--verify")["tokens"])["DVC remote"] == "verified"
+    dvc(project, "exp", "run", "-S", "train.seed=5")
+    run(["git", "commit", "--quiet", "--all", "--message", "two"], project)
+    dvc(project, "push")
+    one, two = traced(project, early, "--verify"), traced(project, "metrics/evaluate.json", "--verify")
+    assert one["checkpoint"]["sha256"] == chain["checkpoint"]["sha256"] != two["checkpoint"]["sha256"]
+    assert one["params"]["sha256"] != two["params"]["sha256"]
+    assert two["run"]["details"]["overrides"] == "-S train.seed=5"
+    run(["git", "clone", "--quiet", project, copy], tmp_path)
+    dvc(copy, "pull")
+    found = traced(copy, early)
+    assert found["checkpoint"]["sha256"] == chain["checkpoint"]["sha256"]
+    assert where(found["checkpoint"]) == {"DVC remote": "present"}
+    assert found["params"]["sha256"] == one["params"]["sha256"]
+    assert found["corpus"]["sha256"] == sha256_file(corpus)
+    assert traced(copy, CHECKPOINT, "--verify")["problems"]["all"] == []

@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpt.core.errors import UserError
 from gpt.core.files import read_json
 from stages.lineage.evidence import LOCK, Evidence, Output
 from stages.lineage.items import MISSING, VERIFIED, Content, Item, Place, content_of
 from stages.lineage.places import Finder
-from stages.lineage.training import Training, run_item, source_item
+from stages.lineage.run_items import Training, run_item, source_item
 from stages.run_record import flatten
 
 if TYPE_CHECKING:
@@ -60,7 +61,22 @@ class Chains:
         paths = [out.path for out in expected if out] + ([known.record.checkpoint_file] if known.record else [])
         self.finder.locate(item, paths)
         training = self._tracked(item, self._recorded(item))  # with both hashes, if there is a copy
-        item.name = next(iter([*paths, *([given.path.name] if given else [])]), item.name)
+        item.name = paths[0] if paths else given.path.name if given else item.name
+        self._locate_in_mlflow(item, training)
+        if not item.places and not given:
+            item.problems.append(NOWHERE)
+        dataset = training.record.dataset if training.record else {}
+        claims = {"the text": corpus, "the run's record": dataset.get("corpus_sha256", "")}
+        if item.content and (self._verify or not training.record):
+            claims["the checkpoint"] = self._read_metadata(item, training)
+        trained = run_item(training, self.evidence, self.finder)
+        tokens = self.tokens(training, next((out for out in training.inputs if out.stage == "tokenize"), None), claims)
+        item.origins, trained.origins = [trained], [*trained.origins, tokens]
+        self._runs = training.runs
+        return item
+
+    def _locate_in_mlflow(self, item: Item, training: Training) -> None:
+        """Add the copies of a checkpoint in its runs and models; one that `stages.sync` can complete has one."""
         name = Path(item.name).name
         for run in training.runs:
             self.finder.locate_tracked(item, run.files, named_by_hash=run.checkpoint == item.sha256)
@@ -69,19 +85,6 @@ class Chains:
                 item.places.append(Place("MLflow", f"runs:/{run.id}/{name}", MISSING, remedy))
         for model in training.models:
             self.finder.locate_tracked(item, model.files, named_by_hash=True)
-        if not item.places and not given:
-            item.problems.append(NOWHERE)
-        claims = {
-            "the text": corpus,
-            "the run's record": (training.record.dataset if training.record else {}).get("corpus_sha256", ""),
-        }
-        if item.content and (self._verify or not training.record):
-            claims["the checkpoint"] = self._read_metadata(item, training)
-        trained = run_item(training, self.evidence, self.finder)
-        tokens = self.tokens(training, next((out for out in training.inputs if out.stage == "tokenize"), None), claims)
-        item.origins, trained.origins = [trained], [*trained.origins, tokens]
-        self._runs = training.runs
-        return item
 
     def _recorded(self, item: Item) -> Training:
         """What run folders and dvc.lock know of a checkpoint; completes its hashes."""
@@ -96,9 +99,8 @@ class Chains:
             return training
         runs = self.tracking.runs(item.sha256, training.folder.name if training.folder else "")
         output = training.output
-        for address in (
-            address for run in runs for address in run.files if address.endswith(f"/{LOCK}") and not output
-        ):
+        saved = (address for run in runs for address in run.files if address.endswith(f"/{LOCK}"))
+        for address in saved if not output else ():
             with TemporaryDirectory() as folder:
                 text = self.tracking.download(address, Path(folder)).read_text(encoding="utf-8", errors="replace")
             self.evidence.add(f"{LOCK} in MLflow, {address}", text)
@@ -138,8 +140,8 @@ class Chains:
         meta = training.record.dataset if training.record else {}
         if output:
             self.finder.locate(item, [output.path])
-            if item.content and (file := item.content.files.get("meta.json")):
-                meta = read_json(file.path)
+            if item.content:
+                meta = _meta(item.content)
                 claims = {**claims, "meta.json of the tokens": meta.get("corpus_sha256", "")}
             if not item.places:
                 item.problems.append(NOWHERE)
@@ -158,7 +160,7 @@ class Chains:
         lock = self.evidence.workspace
         for path in (out.path for out in lock.outputs() if out.stage == "tokenize") if lock and meta else ():
             found = content_of(self.evidence.root / path)
-            if found and (file := found.files.get("meta.json")) and read_json(file.path) == meta:
+            if found and _meta(found) == meta:
                 item.name, item.details["found by"] = path, "meta.json, equal to that in the run's record"
                 item.md5 = found.md5
                 self.finder.locate(item, [path])
@@ -181,6 +183,15 @@ class Chains:
         source = training if training.output else replace(training, output=output)
         item.origins = [source_item(source, self.evidence, item)]
         return item
+
+
+def _meta(tokens: Content) -> dict[str, Any]:
+    """The metadata in a folder of tokens; empty if there is none."""
+    file = tokens.files.get("meta.json")
+    with suppress(UserError):
+        found = read_json(file.path) if file else {}
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _equal(one: str, other: str) -> bool:

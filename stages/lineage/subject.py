@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from gpt.core.errors import UserError
 from stages.lineage.chain import Chains
 from stages.lineage.items import Content, Item, Place, content_of
-from stages.lineage.training import Training, run_item
+from stages.lineage.run_items import Training, run_item
 
 if TYPE_CHECKING:
     from stages.tracking.lookup import FoundModel, FoundRun, Lookup

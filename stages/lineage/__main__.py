@@ -15,7 +15,7 @@ from stages.lineage.evidence import Evidence
 from stages.lineage.items import VERIFIED, Item
 from stages.lineage.subject import trace
 from stages.lineage.tree import tree
-from stages.publish import SQLITE, brief, prepare_client, tracking_uri, without_credentials
+from stages.publish import SQLITE, prepare_client, tracking_uri, without_credentials
 from stages.run_record import main_workspace
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     root = main_workspace()
     tracking, absent = open_tracking(root)
     try:
-        item = trace(Chains(Evidence(root), tracking, verify=options.verify), options.subject)
+        item = trace(Chains(Evidence(root), tracking, verify=options.verify, absent=absent), options.subject)
     except ConnectionError as error:  # the store failed after it was opened
         absent = str(error)
-        item = trace(Chains(Evidence(root), None, verify=options.verify), options.subject)
+        item = trace(Chains(Evidence(root), None, verify=options.verify, absent=absent), options.subject)
     problems = item.all_problems()
     if options.json:
         print(json.dumps({**item.to_dict(), "mlflow": absent or "available", "all_problems": problems}, indent=2))
@@ -57,14 +57,13 @@ def main(arguments: Sequence[str]) -> int:
 def open_tracking(root: Path) -> tuple["Lookup | None", str]:
     """The tracking store, or why there is none."""
     address = tracking_uri(root)
-    shown = without_credentials(address)
     if address.startswith(SQLITE) and not Path(address.removeprefix(SQLITE).partition("?")[0]).exists():
-        return None, f"there is no store {shown}"
+        return None, f"there is no store {without_credentials(address)}"
     prepare_client()
     try:
         return fast_import("stages.tracking.lookup").Lookup(address), ""
-    except Exception as error:  # of MLflow, requests, SQLAlchemy …
-        return None, f"{shown}: {brief(error)}"
+    except ConnectionError as error:
+        return None, str(error)
 
 
 def summary(item: Item, problems: Sequence[str]) -> str:

@@ -26,7 +26,16 @@ NOWHERE = "found in none of the places that were searched"
 class Chains:
     """Builds chains. Each link is found by a hash: in a dvc.lock, a run's record, the file itself or MLflow's tags."""
 
-    def __init__(self, evidence: Evidence, tracking: "Lookup | None", *, verify: bool) -> None:
+    def __init__(self, evidence: Evidence, tracking: "Lookup | None", *, verify: bool, absent: str = "") -> None:
+        """Search DVC's storage, too.
+
+        Args:
+            tracking: the tracking store, if it can be used.
+            verify: whether to read every copy.
+            absent: why there is no tracking store.
+
+        """
+        self.absent = absent
         self.evidence, self.tracking, self._verify = evidence, tracking, verify
         self.finder = Finder(evidence, tracking, verify=verify)
         self._runs: Sequence[FoundRun] = ()  # of the checkpoint of the chain

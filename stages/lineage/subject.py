@@ -44,7 +44,7 @@ def trace(chains: Chains, subject: str) -> Item:
 
 def _mlflow(chains: Chains, subject: str) -> "Lookup":
     if not chains.tracking:
-        raise UserError(f"{subject}: expected an MLflow store, found none; set MLFLOW_TRACKING_URI")
+        raise UserError(f"{subject}: expected an MLflow store, found none: {chains.absent}; set MLFLOW_TRACKING_URI")
     return chains.tracking
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow.artifacts
+from alembic.util.exc import CommandError
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -124,7 +125,7 @@ class Lookup:
         """Turn an error into a UserError if something is expected to exist and does not, else a ConnectionError."""
         try:
             yield
-        except (MlflowException, SQLAlchemyError, OSError) as error:  # requests raises OSErrors
+        except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:  # requests raises OSErrors
             missing = isinstance(error, MlflowException) and error.error_code in (
                 "RESOURCE_DOES_NOT_EXIST",
                 "INVALID_PARAMETER_VALUE",

@@ -22,7 +22,7 @@ from stages.lineage.__main__ import main
 from stages.lineage.items import content_of
 from stages.run_record import Record, flatten, save
 from tests.conftest import call_main
-from tests.support.common import FAST, STAGES, environment, only_line, run, stage_line, write_params
+from tests.support.common import FAST, STAGES, environment, free_port, only_line, run, stage_line, write_params
 from tests.support.project import CHECKPOINT, clone, dvc, runs
 
 TEXT, TOKENS, CORPUS, METRICS = "generation_out.txt", "data/tokens", "data/shakespeare.txt", "metrics/train.json"
@@ -170,6 +170,33 @@ def test_all_ways_lead_to_the_same_checkpoint(project: Path, trace: Trace, tmp_p
     assert where(chain["checkpoint"])["MLflow"] == "present"
     if subject.endswith("renamed.pt"):
         assert chain["checkpoint"]["places"][0] == {"where": "file", "address": subject, "state": "present"}
+
+
+@pytest.mark.parametrize("subject", [TOKENS, CORPUS])
+def test_tokens_and_corpus_lead_to_the_source_without_its_password(project: Path, trace: Trace, subject: str) -> None:
+    chain = trace(subject, "--verify")
+    assert [place["address"] for place in chain["source"]["places"]][1:] == ["https://host/text"]
+    assert chain["corpus"]["sha256"] == sha256_file(Path(CORPUS))
+    assert ("tokens" in chain) == (subject == TOKENS)
+
+
+def test_a_store_that_fails_is_named_and_the_rest_is_shown(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its artifacts are gone, then its server does not answer."""
+    Path("mlruns").rename("away")
+    try:
+        assert main([TEXT]) == 0
+    finally:
+        Path("away").rename("mlruns")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
+    capsys.readouterr()
+    assert main([TEXT]) == 0
+    output = capsys.readouterr().out
+    assert sha256_file(Path(CORPUS)) in output
+    assert "MLflow was not searched: http://127.0.0.1:" in output
+    assert "secret" not in output
 
 
 @pytest.fixture

@@ -83,12 +83,16 @@ def record_run(folder: Path) -> None:
     """Write the run folder that the wrappers of training and generation would write."""
     checkpoint = content_of(Path(CHECKPOINT))
     assert checkpoint
-    hashes = {"checkpoint": checkpoint.sha256, "checkpoint_md5": checkpoint.md5, "checkpoint_file": CHECKPOINT}
+    hashes: dict[str, Any] = {
+        "checkpoint": checkpoint.sha256,
+        "checkpoint_md5": checkpoint.md5,
+        "checkpoint_file": CHECKPOINT,
+    }
     commit = run(["git", "rev-parse", "HEAD"], Path.cwd()).stdout.strip()
     tags = {"run.key": KEY, "checkpoint.sha256": checkpoint.sha256, "git.commit": commit, "git.changed": "gpt/api.py"}
     params = flatten(read_params(Path("params.yaml")), ("download", "tokenize", "model", "train"))
     params["download.sources"] = params["download.sources"].replace("user:secret@", "")
-    about = {"tags": tags, "params": params, "dataset": read_json(Path(TOKENS, "meta.json"))}
+    about: dict[str, Any] = {"tags": tags, "params": params, "dataset": read_json(Path(TOKENS, "meta.json"))}
     train = Record(stage="train", name="wise-owl", began=1, ended=2, **hashes, **about)
     save(folder, train, {"params.yaml": Path("params.yaml"), "train.json": Path(METRICS)})
     generate = Record(stage="generate", began=3, ended=4, tags={"checkpoint.sha256": checkpoint.sha256})

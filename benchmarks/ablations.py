@@ -87,7 +87,7 @@ def final_loss(changes: list[str], tokens: Path) -> float:
         command += [word for change in changes for word in ("-S", change)]
         command += outputs(Path(folder))
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        return float(json.loads((Path(folder) / "metrics").read_text())["val_loss"])
+        return float(json.loads((Path(folder) / "metrics").read_text())["val/best_loss"])
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def run(name: str, recipe: str, tokens: Path, **changes: int) -> Race:
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=variables)
         whole = time.monotonic() - began
         records = read_records(Path(folder) / "run-dir" / "history.jsonl")
-        loss = json.loads((Path(folder) / "metrics").read_text())["val_loss"]
+        loss = json.loads((Path(folder) / "metrics").read_text())["val/best_loss"]
     points = list(timed(records, batch))
     race = Race(name, whole, points[-1][0], records[-1].step, loss, points)
     print(f"{name}: {race.training_s:.1f} s of training, {whole:.1f} s in total, loss {loss:.4f}", flush=True)

@@ -25,7 +25,7 @@ show "dvc exp run --queue --name grid -S 'train.learning_rate=choice(0.005,0.02)
 show 'dvc queue start --jobs 2'
 until [ "$(dvc exp list --name-only | grep -c grid)" = 4 ]; do sleep 3; done
 show 'dvc queue status'
-show "dvc exp show --only-changed --hide-workspace --sort-by val_loss --drop 'Created|State|Executor|.*pt'"
+show "dvc exp show --only-changed --hide-workspace --sort-by val/best_loss --drop 'Created|State|Executor|.*pt'"
 show 'dvc queue logs grid-4 | grep "loss .* nats"'
 show 'dvc plots diff HEAD no-dropout grid-4'
 show 'dvc exp apply grid-4'

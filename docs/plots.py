@@ -53,9 +53,9 @@ def write_model_plots(docs: Path, checkpoint: Path) -> None:
 def plot_loss(training: pd.DataFrame, validation: pd.DataFrame) -> bytes:
     """Training and validation loss by step; the last validation loss is annotated."""
     figure, axes = line_figure("step", "loss (nats per token)")
-    axes.plot(training["step"], training["train_loss"], color="#9db4c8", linewidth=1, label="training")
-    axes.plot(validation["step"], validation["val_loss"], color="#c0392b", marker="o", markersize=4, label="validation")
-    step, loss = validation.iloc[-1][["step", "val_loss"]]
+    axes.plot(training["step"], training["train/loss"], color="#9db4c8", linewidth=1, label="training")
+    axes.plot(validation["step"], validation["val/loss"], color="#c0392b", marker="o", markersize=4, label="validation")
+    step, loss = validation.iloc[-1][["step", "val/loss"]]
     axes.annotate(f"{loss:.3f}", (step, loss), xytext=(6, 4), textcoords="offset points")
     axes.set_xlim(0, step * 1.07)
     axes.legend(frameon=False)

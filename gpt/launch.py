@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from gpt.core.errors import UserError
-from gpt.core.params import Section
+from gpt.core.params import MAX_TIMEOUT_S, Section
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # "quota period" in microseconds, or "max period"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -17,7 +17,7 @@ class LaunchParams(Section):
     """The section `launch`. It does not change any output."""
 
     processes: Literal["auto", 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-    timeout: int = Field(ge=1)  # seconds without communication after which a process counts as dead
+    timeout: int = Field(ge=1, le=MAX_TIMEOUT_S)  # seconds without communication after which a process counts as dead
 
 
 def choose_processes(requested: Literal["auto"] | int, *, shards: int, gpus: int, cores: int) -> tuple[int, str]:

@@ -24,13 +24,16 @@ from stages.child import end_with_parent
 from stages.run_record import drop_states, flatten, main_workspace
 
 PATHS = (
-    *("--params", "--tokens", "--checkpoint", "--metrics", "--history", "--validation", "--positions", "--calibration"),
-    *("--pictures", "--out", "--run-dir", "--timeout", "--log-file"),
+    *("--params", "--tokens", "--checkpoint", "--metrics", "--history", "--validation", "--positions", "--blocks"),
+    *("--calibration", "--pictures", "--out", "--run-dir", "--timeout", "--log-file"),
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are user errors."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise the message with its remedy."""
         raise UserError(f"{message}; correct the command to run")
 
 
@@ -42,7 +45,7 @@ class CommandLine:
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = [*words]
-        parser = _Parser(add_help=False, allow_abbrev=False)
+        parser = Parser(add_help=False, allow_abbrev=False)
         for names in (*((name,) for name in PATHS), ("--set", "-S")):
             parser.add_argument(*names, action="append", default=[], dest=names[0])
         self._values: dict[str, list[str]] = vars(parser.parse_known_args(self.words)[0])

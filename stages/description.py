@@ -1,5 +1,6 @@
 """The description of an MLflow run: origin, metrics, a sample of the generated text, commands to restore the model."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -8,31 +9,46 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.run_record import Record, artifacts, read
+from gpt.core.files import read_json
+from stages.run_record import COMMIT, DIRTY, Record, artifacts, read
 
 LONGEST_SAMPLE, LONGEST_NAME = 1500, 500  # characters; the whole text has to fit into one MLflow tag, 8,000
+LEADING = ("val/best_loss", "eval/bits_per_char")  # the metrics by which models are compared
 WIDTH = 90  # of lines in code blocks; wider ones push the neighbouring column off the screen
 
 
 def description(run: Path, run_id: str) -> str:
-    """The markdown text for the records in a run folder; equal records give equal text."""
+    """The markdown text for the records in a run folder; equal records give equal text.
+
+    It ends with its own digest in a comment, by which `is_unedited` recognizes it.
+    """
     train, evaluate = read(run, "train"), read(run, "evaluate")
     assert train
     metrics = (
         (evaluate.metrics if evaluate else {}) | train.metrics | {"training_s": float(round(train.ended - train.began))}
     )
+    metrics = {name: metrics[name] for name in LEADING if name in metrics} | metrics
     table = [f"| {name} | {value:,.{0 if value.is_integer() else 4}f} |" for name, value in metrics.items()]
-    parts = [_origin(train), "\n".join(["| metric | value |", "|---|---|", *table]), *_sample(run)]
-    return "\n\n".join([*parts, *_restore(run, train, run_id)])
+    parts = ["\n".join(["| metric | value |", "|---|---|", *table]), _origin(train), *_sample(run)]
+    return _signed("\n\n".join([*parts, *_restore(run, train, run_id)]))
+
+
+def is_unedited(text: str) -> bool:
+    """Whether a text is one of `description`, without edits by a user."""
+    return _signed(text.partition("\n\n<!-- ")[0]) == text
+
+
+def _signed(text: str) -> str:
+    return f"{text}\n\n<!-- SHA-256 of this text: {hashlib.sha256(text.encode()).hexdigest()} -->"
 
 
 def _origin(train: Record) -> str:
-    experiment, commit = train.tags.get("dvc.exp_name"), train.tags.get("git.commit", "")[:7]
+    experiment, commit = train.tags.get("dvc.exp_name"), train.tags.get(COMMIT, "")[:7]
     text = f"Trained {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(train.began))}, "
     text += f"experiment **{_escaped(experiment)}**, " if experiment else ""
     text += f"commit `{commit}`, " if commit else ""
     text += f"{train.status.lower()}."
-    if (changed := train.tags.get("git.changed")) and not experiment:
+    if (changed := train.tags.get(DIRTY)) and not experiment:
         text += f" Uncommitted changes, which the commit does not restore: {_escaped(changed)}."
     return text
 
@@ -49,7 +65,7 @@ def _sample(run: Path) -> Iterator[str]:
 
 def _restore(run: Path, train: Record, run_id: str) -> Iterator[str]:
     """Shell commands that restore all results, or the checkpoint alone."""
-    commit, generate = train.tags.get("git.commit"), read(run, "generate")
+    commit = train.tags.get(COMMIT)
     download = f"mlflow artifacts download --run-id {run_id} \\\n  --artifact-path"
     repro = " \\\n  ".join(["dvc exp run", *(f"-S {shlex.quote(change)}" for change in train.changes)])
     commands = f"git checkout {commit}\n" if commit else ""
@@ -62,11 +78,16 @@ def _restore(run: Path, train: Record, run_id: str) -> Iterator[str]:
     yield f"```\n{commands}\n```"
     if train.checkpoint:
         name = Path(train.checkpoint_file).name
-        prompts = json.loads(generate.tags.get("generate.prompts", "[]")) if generate else []
-        prompt = shlex.quote(next((text for text in prompts if len(text) <= LONGEST_NAME), ""))
+        prompt = shlex.quote(next((text for text in _prompts(run) if len(text) <= LONGEST_NAME), ""))
         command = f"python -m gpt generate --checkpoint {shlex.quote(f'restored/{name}')} \\\n  --prompt {prompt}"
         yield "Only the checkpoint, for generation:"
         yield f"```\n{download} {shlex.quote(name)} --dst-path restored\n{command}\n```"
+
+
+def _prompts(run: Path) -> list[str]:
+    path = dict(artifacts(run, "generate")).get("params/generate.json")
+    found: list[str] = json.loads(read_json(path).get("generate.prompts", "[]")) if path else []
+    return found
 
 
 def _escaped(text: str) -> str:

@@ -10,21 +10,21 @@ from stages.stage import CheckpointStage
 class Evaluate(CheckpointStage):
     """The stage evaluate: also publishes metrics and plots."""
 
-    name, sections = "evaluate", ("evaluate",)
-    outputs = ("--metrics", "--positions", "--calibration")
+    name = "evaluate"
+    outputs = ("--metrics", "--positions", "--blocks", "--calibration")
 
     def __init__(self, command: CommandLine, temporary: Path) -> None:
         """Let the command write its plots into the temporary folder."""
         super().__init__(command.with_default("--pictures", temporary / "plots"), temporary)
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of the command with a prefix."""
-        found = read_json(self.command.path("--metrics"))
-        return {f"eval_{name}": float(value) for name, value in found.items()}
+        """The metrics of the command."""
+        return {name: float(value) for name, value in read_json(self.command.path("--metrics")).items()}
 
     def artifacts(self) -> dict[str, Path | str]:
-        """The plots of the command."""
-        return {f"pictures/{path.name}": path for path in self.command.path("--pictures").glob("*.png")}
+        """Also the plots of the command."""
+        plots = self.command.path("--pictures").glob("*.png")
+        return super().artifacts() | {f"pictures/{path.name}": path for path in plots}
 
 
 if __name__ == "__main__":

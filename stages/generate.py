@@ -7,7 +7,7 @@ from stages.stage import CheckpointStage
 class Generate(CheckpointStage):
     """The stage generate."""
 
-    name, sections, outputs = "generate", ("generate",), ("--out",)
+    name, outputs = "generate", ("--out",)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ CLIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
@@ -38,26 +39,25 @@ def tracking_uri(root: Path) -> str:
     return address if scheme or not separator else f"{SQLITE}{root / path}"
 
 
-def prepare_client() -> None:
-    """Set the environment of MLflow's client, before it is imported."""
+def connect(root: Path, experiment: str) -> "Store":
+    """Import MLflow, which takes more than a second, and open the store."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
     for name in ("no_proxy", "NO_PROXY"):  # a proxy cannot reach a server on this machine's loopback interface
         os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "localhost", "127.0.0.1", "::1"])
-
-
-def connect(root: Path) -> "Store":
-    """Import MLflow, which takes more than a second, and open the store."""
-    prepare_client()
-    store: Store = fast_import("stages.tracking.store").Store(tracking_uri(root), root)
+    store: Store = fast_import("stages.tracking.store").Store(tracking_uri(root), root, experiment)
     return store
+
+
+class DeletedRunError(UserError):
+    """A user deleted the run of this model in MLflow."""
 
 
 class Publisher:
     """Performs actions on the store; if the store fails, it warns once and continues: the training never fails."""
 
-    def __init__(self, stage: str, root: Path) -> None:
-        self._stage, self._root = stage, root
+    def __init__(self, stage: str, root: Path, experiment: str) -> None:
+        self._stage, self._root, self._experiment = stage, root, experiment
         self._store: Store | None = None
         self._warned = False
         self._retry_at = 0.0
@@ -73,7 +73,7 @@ class Publisher:
             return
         with self.tolerating_errors(without_credentials(tracking_uri(self._root))):
             self._retry_at = time.monotonic() + RETRY_S
-            self._store = self._store or connect(self._root)
+            self._store = self._store or connect(self._root, self._experiment)
             action(self._store)
             self._retry_at = 0.0
 
@@ -99,11 +99,15 @@ def publish_run(store: "Store", folder: Path, stages: Sequence[str] = run_record
     train = run_record.read(folder, "train")
     if not train:
         return False
-    run = store.find_or_create("run.key", folder.name, train)
     records = [record for stage in stages if (record := run_record.read(folder, stage))]
+    run = store.find_or_create("run.key", folder.name, train)
+    if train.restored and not run.restored:  # that of the training is better
+        records = [record for record in records if not record.restored]
+        stages = [record.stage for record in records]
     for record in records:
         run.log(record)
-    run.describe(folder)
+    if records:
+        run.describe(folder)
     if "train" in stages:
         run.log_history(HistoryReader(folder / "history.jsonl").new_points())
         run.finish(train)

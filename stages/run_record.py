@@ -8,7 +8,6 @@
 .runs/<key>/row.lock           see `lock`; row.owner names the process that holds it
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,8 @@ from gpt.core.errors import UserError
 from gpt.core.files import canonical_json, read_json, sha256_file, write_json
 
 RUNS_KEPT = 20
+EXPERIMENT = "chargpt"
+COMMIT, DIRTY = "mlflow.source.git.commit", "git.changed"  # tags: of the code, and its files with uncommitted changes
 STATES = "resume-*.pt"
 STAGES = ("train", "evaluate", "generate", "lock")  # the last is no stage of DVC: `stages.sync` adds dvc.lock
 
@@ -43,6 +44,8 @@ class Record(BaseModel):
     ended: float
     status: str = "FINISHED"
     name: str = ""  # of the MLflow run, if this stage creates it
+    experiment: str = EXPERIMENT  # of MLflow
+    parent: str = ""  # the name of the MLflow run that groups this one with others
     checkpoint: str = ""  # SHA-256
     checkpoint_file: str = ""  # its path in the workspace; the file is too large to be copied
     checkpoint_md5: str = ""  # its hash in dvc.lock and in DVC's cache
@@ -51,6 +54,7 @@ class Record(BaseModel):
     params: dict[str, str] = {}
     metrics: dict[str, float] = {}
     dataset: dict[str, Any] = {}  # meta.json of the stage tokenize
+    restored: bool = False  # built from dvc.lock, see stages/restored.py
 
 
 class HistoryReader:
@@ -81,6 +85,11 @@ def _parse(line: bytes) -> Point | None:
 def main_workspace() -> Path:
     """The folder of store, log and run folders: DVC's main workspace, also for experiments in temporary copies."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).absolute()
+
+
+def experiment_name() -> str:
+    """The MLflow experiment of new runs."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
 def dvc_cache(root: Path) -> Path | None:
@@ -198,10 +207,9 @@ def artifacts(run: Path, stage: str) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(folder).as_posix(), path
 
 
-def digest(run: Path, stage: str) -> str:
-    """SHA-256 over the names and contents of all artifacts that a stage saved."""
-    content = {name: sha256_file(path) for name, path in artifacts(run, stage)}
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+def checksums(run: Path, stage: str) -> list[tuple[str, Path]]:
+    """A line of `sha256sum` and the file, of each artifact that a stage saved."""
+    return [(f"{sha256_file(path)}  {name}", path) for name, path in artifacts(run, stage)]
 
 
 def flatten(params: Mapping[str, Any], sections: Sequence[str]) -> dict[str, str]:

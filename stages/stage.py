@@ -1,22 +1,20 @@
 """What all stages share: run the command, keep record and artifacts in a run folder, publish them to MLflow."""
 
-import getpass
+import json
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt.core.errors import without_secrets
 from gpt.core.files import sha256_file
-from gpt.core.params import read_params
 from stages import child, run_record
 from stages.command_line import CommandLine
+from stages.provenance import PARENT_VARIABLE, logged_params, provenance
 from stages.publish import Publisher, publish_run
+from stages.restored import restored_run
 from stages.run_record import Record
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ class Stage:
     """One execution of a stage. A subclass names the stage, what it publishes, and how."""
 
     name: str
-    sections: tuple[str, ...]  # of the params file, that are published
     outputs: tuple[str, ...]  # options of the command whose files become artifacts
 
     def __init__(self, command: CommandLine, folder: Path, about: str) -> None:
@@ -43,8 +40,10 @@ class Stage:
         self.log = folder / "logs" / f"{self.name}.log"
         logs = command.with_default("--log-file", self.root / "gpt_nano.log")
         self.command = logs.with_option("--log-file", self.log)
-        self.params = logged_params(command, *self.sections)
-        self.publisher = Publisher(self.name, self.root)
+        self.params = logged_params(command, self.name)
+        train = run_record.read(folder, "train")
+        self.experiment = train.experiment if train and self.name != "train" else run_record.experiment_name()
+        self.publisher = Publisher(self.name, self.root, self.experiment)
 
     def run(self, environment: Mapping[str, str] = {}) -> int:
         """Run the command and publish its results; returns its exit code."""
@@ -68,8 +67,9 @@ class Stage:
 
     def record(self, **results: Any) -> Record:
         """The record of this stage with these results."""
-        name = provenance()[0] or self.about[:7]
-        return Record(stage=self.name, name=name, began=self.began, ended=time.time(), **results)
+        name, parent = provenance()[0] or self.about[:7], os.environ.get(PARENT_VARIABLE, "")
+        about: dict[str, Any] = {"stage": self.name, "name": name, "experiment": self.experiment, "parent": parent}
+        return Record(**about, began=self.began, ended=time.time(), **results)
 
     def save(self, record: Record, artifacts: Mapping[str, Path | str], *, with_outputs: bool) -> None:
         """Save a record in the run folder with these artifacts, the log and the command's output files."""
@@ -85,7 +85,8 @@ class CheckpointStage(Stage):
         """Find the run folder of the checkpoint; the temporary one serves for a checkpoint from elsewhere."""
         checkpoint = command.path("--checkpoint")
         sha256 = sha256_file(checkpoint) if checkpoint.is_file() else ""
-        run = run_record.run_of_checkpoint(run_record.main_workspace(), sha256)
+        root = run_record.main_workspace()
+        run = run_record.run_of_checkpoint(root, sha256) or restored_run(root, sha256)
         self._known = run is not None
         super().__init__(command, run or temporary, sha256)
         for option in self.outputs:
@@ -102,14 +103,13 @@ class CheckpointStage(Stage):
         return {}
 
     def artifacts(self) -> dict[str, Path | str]:
-        """Artifacts beside the output files."""
-        return {}
+        """Artifacts beside the output files: the section of the params, which MLflow would not let change."""
+        return {f"params/{self.name}.json": json.dumps(self.params, indent=2)}
 
     def end(self, code: int) -> None:
         """Publish the results of a command that succeeded."""
         if not code:
-            tags = {**self.params, "checkpoint.sha256": self.about}
-            record = self.record(tags=tags, metrics=self.metrics())
+            record = self.record(tags={"checkpoint.sha256": self.about}, metrics=self.metrics())
             self.save(record, self.artifacts(), with_outputs=True)
             self.publisher.attempt(partial(self._publish, record), last=True)
 
@@ -125,34 +125,3 @@ class CheckpointStage(Stage):
             run.finish(record)
         run.log(record)
         run.upload(self.folder, [record])
-
-
-@cache  # at the start of the stage: the user may commit while it runs
-def provenance() -> tuple[str, dict[str, str]]:
-    """The name of a new run (the DVC experiment or the short commit), and tags of its origin."""
-    experiment, commit = os.environ.get("DVC_EXP_NAME", ""), _git("rev-parse", "HEAD")
-    changed = ", ".join(_git("diff", "--name-only", "HEAD", "--", "*.py", "dvc.yaml").splitlines())
-    tags = {"git.commit": commit, "mlflow.source.git.commit": commit, "git.changed": changed}
-    tags["dvc.exp_name"] = experiment
-    with suppress(OSError, KeyError):  # the user has no name
-        tags["mlflow.user"] = getpass.getuser()
-    return experiment or commit[:7], {name: value for name, value in tags.items() if value}
-
-
-def _git(*arguments: str) -> str:
-    """The output of git; empty without git or a repository."""
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
-def logged_params(command: CommandLine, *sections: str) -> dict[str, str]:
-    """Sections of the command's params file with its overrides, flat and as text, without passwords and queries."""
-    file = command.optional_path("--params")
-    if not file:
-        return {}
-    params = read_params(file, command.changes)
-    if isinstance(params.get("download"), dict) and isinstance(sources := params["download"].get("sources"), list):
-        params["download"]["sources"] = [without_secrets(str(source)) for source in sources]
-    return run_record.flatten(params, sections)

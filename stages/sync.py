@@ -6,13 +6,15 @@ or DVC's cache still has that content. `dvc.lock` becomes an artifact of the run
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages import run_record
 from stages.command_line import enter
-from stages.publish import brief, connect, publish_run, tracking_uri, without_credentials
+from stages.publish import DeletedRunError, brief, connect, publish_run, tracking_uri, without_credentials
+from stages.restored import restored_run
 from stages.run_record import Record
 
 if TYPE_CHECKING:
@@ -22,14 +24,15 @@ if TYPE_CHECKING:
 def main(_arguments: Sequence[str]) -> int:
     """Publish every run folder; returns 1 if the store failed."""
     root = run_record.main_workspace()
+    restored_run(root)
     runs = [run for run in reversed(run_record.runs(root)) if run_record.read(run, "train")]
     if not runs:
         return 0
     address = without_credentials(tracking_uri(root))
     try:
         save_lock_file(root / "dvc.lock", runs)
-        store = connect(root)
-        changed = sum(publish_if_unlocked(store, run) for run in runs)
+        connect_once = cache(partial(connect, root))
+        changed = sum(publish_if_unlocked(connect_once, run) for run in runs)
     except Exception as error:  # of MLflow, requests, SQLAlchemy, the disk …
         print(f"stages.sync: {address}: {brief(error)}; run this again later", file=sys.stderr)
         return 1
@@ -38,12 +41,26 @@ def main(_arguments: Sequence[str]) -> int:
     return 0
 
 
-def publish_if_unlocked(store: "Store", run: Path) -> bool:
-    """Publish a run, as killed if its wrapper died, unless a live wrapper does; returns whether MLflow changed."""
+def publish_if_unlocked(connect: Callable[[str], "Store"], run: Path) -> bool:
+    """Publish a run, as killed if its wrapper died, unless a live wrapper does; returns whether MLflow changed.
+
+    A run that a user deleted in MLflow stays deleted. This is reported once, and the run folder keeps that.
+    """
     with run_record.lock(run, wait=False) as locked:
-        if locked:
-            run_record.mark_killed(run)
-        return locked and publish_run(store, run)
+        if not locked:
+            return False
+        run_record.mark_killed(run)
+        train, reported = run_record.read(run, "train"), run / "row" / "deleted"
+        assert train
+        try:
+            changed = publish_run(connect(train.experiment), run)
+            reported.unlink(missing_ok=True)
+        except DeletedRunError as error:
+            if not reported.exists():
+                print(f"stages.sync: {error}")
+            reported.touch()
+            changed = False
+        return changed
 
 
 def save_lock_file(lock: Path, runs: list[Path]) -> None:

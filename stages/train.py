@@ -15,15 +15,14 @@ from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpu
 from gpt.training.fingerprint import run_key
 from stages import child, run_record, torchrun
 from stages.command_line import CommandLine, enter
+from stages.provenance import provenance
 from stages.publish import publish_run
 from stages.run_record import HistoryReader, Record
-from stages.stage import Stage, provenance
+from stages.stage import Stage
 
 if TYPE_CHECKING:
     from stages.tracking.store import Store
     from stages.tracking.tracked_run import TrackedRun
-
-METRICS = {"val_loss": "best_val_loss", "best_step": "best_step"}  # of metrics/train.json, without a series by step
 
 
 def main(words: Sequence[str]) -> int:
@@ -38,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     params = read_params(params_file, command.changes)
     launch = check_section(params_file, "launch", LaunchParams, params)
     environment = torchrun.training_environment(_processes(launch, params.get("train") or {}))
-    key = run_key(params_file, command.path("--tokens"), command.changes)
+    key = run_key(params, command.path("--tokens"))
     command = command.with_default("--timeout", launch.timeout)
     if message := torchrun.command_for_other_nodes(command.words, environment):
         print(message, flush=True)
@@ -54,7 +53,7 @@ class Train(Stage):
     run of an earlier training unchanged.
     """
 
-    name, sections = "train", ("download", "tokenize", "model", "train")  # those that determine a trained model
+    name = "train"
     outputs = ("--metrics", "--history", "--validation")
 
     def __init__(self, command: CommandLine) -> None:
@@ -112,10 +111,8 @@ class Train(Stage):
         if status == "FINISHED" and checkpoint.is_file():
             metrics, sha256 = _read(self.command.path("--metrics")), sha256_file(checkpoint)
             tags["checkpoint.sha256"] = sha256
-            if "parameters" in metrics:
-                tags["parameters"] = str(metrics["parameters"])
             results = {"checkpoint": sha256, "checkpoint_file": str(checkpoint), "checkpoint_md5": _md5(checkpoint)}
-            results["metrics"] = {name: metrics[key] for key, name in METRICS.items() if key in metrics}
+            results["metrics"] = {name: float(value) for name, value in metrics.items()}
         dataset = _read(self.command.path("--tokens") / "meta.json")
         changes = self.command.changes
         return self.record(status=status, tags=tags, params=self.params, changes=changes, dataset=dataset, **results)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from gpt.core.errors import UserError
 from stages.command_line import enter
-from stages.publish import tracking_uri, without_credentials
-from stages.run_record import main_workspace
+from stages.publish import connect, tracking_uri, without_credentials
+from stages.run_record import experiment_name, main_workspace
 from stages.torchrun import LOOPBACK
 
 PORT = 5000
@@ -18,10 +18,11 @@ def main(arguments: Sequence[str]) -> int:  # noqa: RET503 (execv does not retur
     """Run the server in this process until it is interrupted.
 
     Raises:
-        UserError: the port is no number, or taken.
+        UserError: the port is no number, or taken; MLflow cannot open the store.
 
     """
-    address, port = tracking_uri(main_workspace()), arguments[0] if arguments else str(PORT)
+    root, port = main_workspace(), arguments[0] if arguments else str(PORT)
+    address = tracking_uri(root)
     if address.startswith("http"):
         print(f"MLFLOW_TRACKING_URI is a server with its own UI: {without_credentials(address)}")
         return 0
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str]) -> int:  # noqa: RET503 (execv does not retur
     hosts = f"localhost:*,{LOOPBACK}:*"  # with any port, since an SSH tunnel may end on another one
     os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", hosts)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    print(f"MLflow: http://{LOOPBACK}:{port}/?workflowType=machine_learning", flush=True)
+    view = connect(root, experiment_name()).loss_view()
+    print(f"MLflow: http://{LOOPBACK}:{port}/{view}", flush=True)
     command = ["-m", "mlflow", "ui", "--backend-store-uri", address, "--host", LOOPBACK, "--port", port]
     os.execv(sys.executable, [sys.executable, *command, "--workers", "1"])
 

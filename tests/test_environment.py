@@ -1,5 +1,7 @@
-"""Unusual environments: other shells and encodings, missing packages, variables that other programs have left."""
+"""Unusual environments: other shells and encodings, missing packages, host names and variables of other programs."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,11 @@ from gpt.core.errors import UserError
 from gpt.training.distributed import process_group
 from stages import torchrun
 from tests.conftest import RunMain
-from tests.support.common import ROOT, environment, only_line, run, train_line, write_params
+from tests.support.common import FAST, ROOT, environment, only_line, run, train_line, write_params
+
+# Starts a command on a host of its own, in namespaces, which needs root.
+HOST = "import os, sys; from pyroute2 import IPRoute; {}; os.execvp(sys.argv[1], sys.argv[1:])"
+LOOPBACK_UP = "IPRoute().link('set', index=1, state='up')"
 
 
 def test_make_gives_dvc_a_shell_and_the_code_of_this_folder() -> None:
@@ -56,3 +62,24 @@ def test_without_a_loopback_interface_training_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(torchrun, "LOOPBACK", "192.0.2.1")  # no address of this machine
     with pytest.raises(UserError, match="expected a loopback interface"):
         torchrun.training_environment(1)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("loopback", [True, False])
+def test_a_host_whose_name_does_not_resolve_trains_with_its_loopback_interface(
+    loopback: bool, tmp_path: Path, tokens: Path
+) -> None:
+    if os.geteuid():
+        pytest.skip("namespaces need root")
+    write_params(tmp_path / "params.yaml", **FAST, train__max_steps=2, launch__processes=2, launch__timeout=8)
+    shutil.copytree(tokens, tmp_path / "tokens")
+    name = "import socket; socket.sethostname('no-such-host.invalid')"
+    start = HOST.format(f"{name}; {LOOPBACK_UP}" if loopback else name)
+    host = ["unshare", "--uts", "--net", sys.executable, "-c", start]
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    train = [sys.executable, "-m", "stages.train", torchrun, "-m", "gpt", *train_line("tokens")]
+    done = run([*host, *train], tmp_path, code=0 if loopback else 2)
+    if loopback:
+        assert (done.stderr, (tmp_path / "model.pt").is_file()) == ("", True)
+    else:
+        assert "expected a loopback interface" in only_line(done.stderr)

@@ -22,6 +22,9 @@ def command(
     checkpoint: Annotated[Path, typer.Option(metavar="FILE", help="Checkpoint to evaluate.")],
     metrics: Annotated[Path, typer.Option(metavar="FILE", help="Output: the metrics, JSON.")],
     positions: Annotated[Path, typer.Option(metavar="FILE", help="Output: the loss by position in the context, CSV.")],
+    blocks: Annotated[
+        Path, typer.Option(metavar="FILE", help="Output: the loss by block of the validation text, CSV.")
+    ],
     calibration: Annotated[Path, typer.Option(metavar="FILE", help="Output: accuracy by predicted probability, CSV.")],
     plots: Annotated[Path | None, typer.Option("--pictures", metavar="FOLDER", help="Output: plots, PNG.")] = None,
     changes: Changes = [],  # noqa: B006 (Typer copies it)
@@ -31,7 +34,7 @@ def command(
     section = read_section(params, "evaluate", EvaluateParams, changes)
     loaded = load_checkpoint(checkpoint)
     with logging_to(log_file, "evaluate", sha256_file(checkpoint)[:8]):
-        for path in (metrics, positions, calibration, *([plots / "attention.png"] if plots else [])):
+        for path in (metrics, positions, blocks, calibration, *([plots / "attention.png"] if plots else [])):
             prepare_output(path)
         data = load_tokens(tokens)
         if data.tokenizer != loaded.tokenizer:
@@ -43,6 +46,7 @@ def command(
         evaluation = evaluate(params=section, checkpoint=loaded, data=data)
         write_metrics(metrics, evaluation.metrics)
         write_csv(positions, evaluation.positions)
+        write_csv(blocks, evaluation.blocks)
         write_csv(calibration, evaluation.calibration)
         for line in evaluation.summary:
             report(line)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gpt.core.cli import LOG_FILE, Changes, LogFile, ParamsFile, logging_to
-from gpt.core.params import read_section
+from gpt.core.params import MAX_TIMEOUT_S, read_params, read_section
 from gpt.data.token_files import load_tokens
 from gpt.model.config import ModelConfig
 from gpt.training.distributed import env_rank
@@ -30,7 +30,13 @@ def command(
         typer.Option(metavar="FOLDER", help="Folder for live history and resume states; default: a temporary one."),
     ] = None,
     timeout: Annotated[
-        int, typer.Option(min=1, metavar="SECONDS", help="Time without an answer after which a process counts as lost.")
+        int,
+        typer.Option(
+            min=1,
+            max=MAX_TIMEOUT_S,
+            metavar="SECONDS",
+            help="Time without an answer after which a process counts as lost.",
+        ),
     ] = 120,
     changes: Changes = [],  # noqa: B006 (Typer copies it)
     log_file: LogFile = LOG_FILE,
@@ -45,7 +51,7 @@ def command(
             params=read_section(params, "train", TrainParams, changes),
             model=model,
             data=load_tokens(tokens),
-            digests=digests(params, tokens, changes),
+            digests=digests(read_params(params, changes), tokens),
             outputs=Outputs(checkpoint, metrics, history, validation),
             folder=RunFolder(folder),
             timeout_s=timeout,

@@ -4,20 +4,23 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from gpt.core.errors import UserError, without_secrets
+from gpt.core.files import sha256_file
 
 # The bounds of a kind of value: single precision can divide by such a number, a seed can be added to.
 Seed = Annotated[int, Field(ge=0, lt=1 << 53)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 PositiveFloat = Annotated[float, Field(ge=1e-12, le=1e12)]
 Probability = Annotated[float, Field(ge=1e-12, le=1)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]  # SHA-256
+MAX_TIMEOUT_S = 100_000  # ten times as many milliseconds, the longest wait of 1024 processes, fit into 32 bits
 
 UNPARSABLE = (YAMLError, ValueError, RecursionError)  # of the parser, for a date such as 2026-99-99 and deep nesting
 MAX_BYTES = 100_000  # of a params file; parsing a large one takes minutes
@@ -27,6 +30,45 @@ class Section(BaseModel):
     """A section of the params file: its keys, their types and bounds."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class InitSection(Section):
+    """A section of a stage that can start from a file of an earlier run, pinned by its SHA-256."""
+
+    init_from: str | None = Field(min_length=1)
+    init_sha256: Digest | None
+
+    @model_validator(mode="after")
+    def _digest_is_given(self) -> Self:
+        if self.init_from and not self.init_sha256:
+            path = Path(self.init_from)
+            value = sha256_file(path) if path.is_file() else f"the one that `sha256sum {path}` prints"
+            raise ValueError(f"init_sha256: expected the SHA-256 of {path}, found null; set it to {value}")
+        return self
+
+    def init_file(self, section: str, remedy: str) -> Path | None:
+        """The path `init_from`, after verification of its SHA-256; None if it is null.
+
+        Args:
+            remedy: where such a file comes from.
+
+        Raises:
+            UserError: there is no such file, or its content is another one.
+        """
+        if not self.init_from:
+            return None
+        path = Path(self.init_from)
+        if not path.is_file():
+            raise UserError(
+                f"{section}.init_from: found no file {path} in {Path.cwd()}; {remedy}, and give the absolute path, "
+                "which experiments with --temp and --queue need, or set it to null"
+            )
+        if (found := sha256_file(path)) != self.init_sha256:
+            raise UserError(
+                f"{section}.init_from: expected {path} with the SHA-256 {self.init_sha256}, found {found}; restore the "
+                f"file, or start from the new one with -S {section}.init_sha256={found}"
+            )
+        return path
 
 
 S = TypeVar("S", bound=Section)

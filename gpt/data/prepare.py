@@ -13,9 +13,9 @@ from pydantic import Field
 from gpt.core.cli import report
 from gpt.core.errors import UserError
 from gpt.core.files import atomic_write, prepare_output, read_json, sha256_file, write_json
-from gpt.core.params import Section
+from gpt.core.params import Digest, InitSection
 from gpt.data.token_files import Meta
-from gpt.download.sources import Digest, Sources, fetch_first
+from gpt.download.sources import Sources, fetch_first
 from gpt.tokenizers import tokenizer_from_json
 from gpt.tokenizers.base import Kind, Tokenizer, format_characters
 from gpt.tokenizers.char import CharTokenizer
@@ -29,13 +29,12 @@ CHUNK_CHARACTERS = 1 << 18
 UP_TO_LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 
 
-class TokenizeParams(Section):
+class TokenizeParams(InitSection):
     """The section `tokenize`."""
 
-    init_from: str | None = Field(min_length=1)
     kind: Kind
     train_fraction: float = Field(gt=0, lt=1)
-    vocab_size: int = Field(ge=2)
+    vocab_size: int = Field(ge=2, le=1 << 20)  # the subword trainers allocate memory for all of it
     ranks: Sources
     ranks_sha256: Digest
 
@@ -68,7 +67,8 @@ def tokenize(*, params: TokenizeParams, corpus: Path, out: Path) -> Meta:
     """
     prepare_output(out / "meta.json")
     text = _open_corpus(corpus, params.train_fraction)
-    tokenizer = _load_tokenizer(Path(params.init_from)) if params.init_from else _train_tokenizer(params, text)
+    pretrained = params.init_file("tokenize", "copy tokenizer.json from data/tokens, which this stage overwrites")
+    tokenizer = tokenizer_from_json(read_json(pretrained)) if pretrained else _train_tokenizer(params, text)
     dtype: Literal["<u2", "<u4"] = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     meta = Meta(
         kind=tokenizer.kind,
@@ -103,17 +103,6 @@ def _open_corpus(path: Path, train_fraction: float) -> Corpus:
             f"{characters:,} characters; use a longer text"
         )
     return Corpus(path, characters, train_characters)
-
-
-def _load_tokenizer(path: Path) -> Tokenizer:
-    """Load the tokenizer of the checkpoint that training starts from; its `encode` reports unknown characters."""
-    if not path.is_file():
-        raise UserError(
-            f"tokenize.init_from: expected a tokenizer.json, found no file {path} in {Path.cwd()}; copy it from "
-            "data/tokens, which this stage overwrites, and give the absolute path, which experiments with --temp and "
-            "--queue need, or set the key to null"
-        )
-    return tokenizer_from_json(read_json(path))
 
 
 def _train_tokenizer(params: TokenizeParams, corpus: Corpus) -> Tokenizer:

@@ -18,7 +18,7 @@ from typing import IO, Annotated, Any
 from zipfile import BadZipFile, ZipFile
 
 import requests
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3 import Retry
@@ -27,7 +27,7 @@ from urllib3.exceptions import HTTPError
 from gpt.core.cli import report
 from gpt.core.errors import UserError, without_secrets
 from gpt.core.files import atomic_write, sha256_file
-from gpt.core.params import Section
+from gpt.core.params import Digest, Section
 
 WEB = re.compile(r"https?://([^/?#]*@)?(\[[\da-f:.]+\]|[^/?#@:\[\]\s]+)(:\d+)?([/?#].*)?", re.IGNORECASE)
 WHEEL = re.compile(r"pypi:([a-z0-9][a-z0-9._-]*==[a-z0-9][a-z0-9.!+_-]*)#(.+)", re.IGNORECASE)
@@ -56,7 +56,6 @@ def _check_source(source: str) -> str:
 
 
 Sources = Annotated[list[Annotated[str, AfterValidator(_check_source)]], Field(min_length=1)]
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
 
 
 class DownloadParams(Section):

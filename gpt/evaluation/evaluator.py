@@ -15,21 +15,27 @@ from gpt.core.params import Count, Section, Seed
 from gpt.data.dataset import evaluation_windows
 from gpt.data.loss import OVERFITTING_GAP, token_losses
 from gpt.data.token_files import TokenData
+from gpt.evaluation.blocks import loss_by_block
 from gpt.evaluation.calibration import calibration_error, calibration_table, predictions
 from gpt.evaluation.interpretability import ModelInspection, inspect_model
 from gpt.evaluation.memorization import WINDOW, Copies, find_copies
 from gpt.evaluation.ngram_baselines import bigram_loss, loss_by_position, unigram_loss
 from gpt.generation.decoding import generate_tokens
 from gpt.generation.sampling import SamplingParams
+from gpt.launch import usable_cores
 from gpt.model.checkpoint import Checkpoint
 from gpt.model.device import choose_device
 from gpt.model.gpt import LanguageModel
+from gpt.model.memory import Term, activations, cache, check_memory, position_tables, weights
 from gpt.tokenizers.base import Tokenizer
 
 SAMPLES = 8  # texts that are generated, in one batch, to search them for copies
 MAX_TOKENS_PER_CHARACTER = 4  # the bytes of the longest UTF-8 character
 INSPECTED_TOKENS = 16  # of the validation split
 TRAINING_WINDOWS = 16  # of the training split, for comparison with the validation split
+BYTES_PER_CHARACTER = 150  # of the generated texts: their tokens, and the indices of the search (measured)
+COPIES = 3  # of the weights: in the file, as loaded, in the model
+MAX_EXPONENT = 700  # of a number in double precision
 MAX_PRINTED = 60  # characters of the longest copy
 
 
@@ -45,10 +51,11 @@ class EvaluateParams(Section):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics, the loss by position, the calibration table, and a summary in lines of text."""
+    """The metrics, the loss by position and by block, the calibration table, and a summary in lines of text."""
 
     metrics: dict[str, float]
     positions: pd.DataFrame
+    blocks: pd.DataFrame
     calibration: pd.DataFrame
     summary: list[str]
 
@@ -56,6 +63,7 @@ class Evaluation:
 def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData) -> Evaluation:
     """Predict every validation token once; generate samples and search the training text for copies of them."""
     device = choose_device(params.device, "evaluate.device")
+    check_memory("evaluation", evaluation_memory(params, checkpoint, len(data.val)), device)
     model = checkpoint.build().to(device)
     windows = evaluation_windows(data, block_size=checkpoint.model.block_size, batch_size=params.batch_size)
     precision = torch.bfloat16 if params.precision == "bfloat16" else torch.float32
@@ -68,16 +76,19 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     corpus = data.tokenizer.decode(data.train.tolist())
     copies, reference = find_copies(samples, corpus), find_copies(real_texts, corpus)
     metrics = {
-        "bits_per_char": bits,
-        "calibration_error": calibration_error(calibration),
-        "longest_copy": len(copies.longest),
-        "copied": copies.share,
+        "eval/bits_per_char": bits,
+        "eval/calibration_error": calibration_error(calibration),
+        "eval/longest_copy": len(copies.longest),
+        "eval/copied": copies.share,
     }
     loss = nats / len(data.val)
-    accuracy = f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['calibration_error']:.1%}"
+    accuracy = (
+        f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['eval/calibration_error']:.1%}"
+    )
     return Evaluation(
         metrics,
         loss_by_position(by_batch),
+        loss_by_block(by_batch, data),
         calibration,
         [
             _loss_summary(loss, bits, data),
@@ -86,6 +97,20 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
             *_overfitting_summary(model, data, params.batch_size, loss, device),
         ],
     )
+
+
+def evaluation_memory(params: EvaluateParams, checkpoint: Checkpoint, tokens: int) -> list[Term]:
+    """An estimate of the memory for this number of validation tokens."""
+    model, vocab_size = checkpoint.model, checkpoint.tokenizer.vocab_size
+    blocks = -(-tokens // model.block_size)
+    in_parallel = min(usable_cores() * params.batch_size, blocks)
+    return [
+        *(term.times(COPIES) for term in weights(model, vocab_size)),
+        *position_tables(model),
+        *activations(model, vocab_size, {"evaluate.batch_size": in_parallel}, model.block_size, backward=False),
+        *cache(model, SAMPLES),
+        Term({"evaluate.sample_characters": params.sample_characters}, BYTES_PER_CHARACTER),
+    ]
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, data: TokenData) -> ModelInspection:
@@ -113,9 +138,10 @@ def _validation_texts(data: TokenData, *, count: int, length: int) -> list[str]:
 
 def _loss_summary(loss: float, bits: float, data: TokenData) -> str:
     size = data.meta.vocab_size
+    perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
     bigram, unigram = (baseline(data.train, data.val, size) for baseline in (bigram_loss, unigram_loss))
     return (
-        f"loss {loss:.4f} nats per token, {bits:.3f} bits per character, perplexity {math.exp(loss):.2f}; baselines: "
+        f"loss {loss:.4f} nats per token, {bits:.3f} bits per character, perplexity {perplexity:.2f}; baselines: "
         f"bigram {bigram:.3f}, unigram {unigram:.3f}, uniform {math.log(size):.3f} nats per token"
     )
 

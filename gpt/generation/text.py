@@ -13,8 +13,13 @@ from gpt.generation.decoding import generate_tokens
 from gpt.generation.sampling import SamplingParams
 from gpt.model.checkpoint import Checkpoint
 from gpt.model.device import CPU_THREADS
+from gpt.model.memory import Term, activations, cache, check_memory, position_tables, weights
 
+CPU = torch.device("cpu")
 BATCH_SIZE = 16  # larger batches need more memory and are hardly faster
+COPIES = 3  # of the weights: in the file, as loaded, in the model
+BYTES_PER_STEP = 200  # the tokens of a batch that are kept until their sample is read
+BYTES_PER_SAMPLE = 100  # in the list of all samples
 
 
 class GenerateParams(SamplingParams):
@@ -34,11 +39,13 @@ def generate_texts(
     token at a time a GPU is no faster, and gives other bits.
 
     Raises:
-        UserError: a prompt contains characters that are not in the vocabulary.
+        UserError: a prompt contains characters that are not in the vocabulary, or the memory does not suffice.
     """
     torch.set_num_threads(CPU_THREADS)
-    model, tokenizer = checkpoint.build(), checkpoint.tokenizer
+    tokenizer = checkpoint.tokenizer
     encoded = {prompt: _encode(checkpoint, prompt) if prompt else [tokenizer.start_token] for prompt in params.prompts}
+    check_memory("generation", generation_memory(checkpoint, params, max(map(len, encoded.values()))), CPU)
+    model = checkpoint.build()
     samples = [(prompt, number) for prompt in params.prompts for number in range(1, params.samples + 1)]
     for first in range(0, len(samples), BATCH_SIZE):
         batch = samples[first : first + BATCH_SIZE]
@@ -47,6 +54,23 @@ def generate_texts(
         # The first sample is streamed as it is generated; tee keeps the tokens of the others until they are read.
         for index, ((prompt, number), copy) in enumerate(zip(batch, tee(steps, len(batch)), strict=True)):
             yield prompt, number, stop_before(tokenizer.stream(map(itemgetter(index), copy)), params.stop)
+
+
+def generation_memory(checkpoint: Checkpoint, params: GenerateParams, longest_prompt: int) -> list[Term]:
+    """An estimate of the memory; stop strings may end a text long before `max_new_tokens`."""
+    model, vocab_size = checkpoint.model, checkpoint.tokenizer.vocab_size
+    samples = {"generate.samples": params.samples, "generate.prompts": len(params.prompts)}
+    batch = min(BATCH_SIZE, params.samples * len(params.prompts))
+    window = min(model.block_size, longest_prompt + params.max_new_tokens)
+    terms = [
+        *(term.times(COPIES) for term in weights(model, vocab_size)),
+        *position_tables(model),
+        *activations(model, vocab_size, {"generate.samples": batch}, window, backward=False),
+        *cache(model, batch),
+        Term(samples, BYTES_PER_SAMPLE),
+    ]
+    kept = batch > 1 and not params.stop
+    return [*terms, Term({"generate.max_new_tokens": params.max_new_tokens}, BYTES_PER_STEP)] if kept else terms
 
 
 def stop_before(chunks: Iterator[str], stop: Sequence[str]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from gpt.core.files import atomic_write, canonical_json
 from gpt.model.baselines import make_model
 from gpt.model.config import ModelConfig
 from gpt.model.gpt import LanguageModel
+from gpt.model.memory import check_memory, position_tables, weights
 from gpt.tokenizers import tokenizer_from_json
 from gpt.tokenizers.base import Tokenizer
 
@@ -78,16 +79,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         config = ModelConfig.model_validate(metadata["model"])
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
-        weights, about = dict(tensors["weights"]), _Origin.model_validate(metadata["about"])
-        difference = _difference(_make_empty_model(config, tokenizer).state_dict(), weights)
+        found, about = dict(tensors["weights"]), _Origin.model_validate(metadata["about"])
+        sizes = [*weights(config, tokenizer.vocab_size), *position_tables(config)]
+        check_memory("model", sizes, torch.device("cpu"))
+        difference = _difference(_make_empty_model(config, tokenizer).state_dict(), found)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, UserError) as error:
         reason = "; ".join(str(error).splitlines())
         raise UserError(f"{path}: expected a trained model, found no valid {reason}; train again") from None
     if difference:
         raise UserError(f"{path}: weights do not match the model configuration in the file: {difference}; train again")
-    if unusable := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+    if unusable := [name for name, weight in found.items() if not weight.isfinite().all()]:
         raise UserError(f"{path}: expected finite weights, found NaN or infinite ones in {unusable[0]}; train again")
-    return Checkpoint(config, tokenizer, weights, about.model_dump())
+    return Checkpoint(config, tokenizer, found, about.model_dump())
 
 
 def write_tensors(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:

@@ -140,6 +140,16 @@ def env_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def env_local_rank() -> int:
+    """This process's rank among those on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def env_local_size() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def process_group(
     device: torch.device, *, timeout_s: int, before_joining: Callable[[], None] = lambda: None

@@ -2,48 +2,34 @@
 
 import ast
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from gpt.core.errors import UserError
 from gpt.core.files import canonical_json, sha256_file
-from gpt.core.params import read_params
 
 PACKAGE = Path(__file__).parents[1]
 TOKEN_FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")
 
 
-def run_key(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> str:
+def run_key(params: Mapping[str, Any], tokens: Path) -> str:
     """The name of a training run: the SHA-256 of its `digests`. Equal keys promise equal outputs."""
-    return hashlib.sha256(canonical_json(digests(params_file, tokens, changes)).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(digests(params, tokens)).encode()).hexdigest()
 
 
-def digests(params_file: Path, tokens: Path, changes: Sequence[str] = ()) -> dict[str, object]:
+def digests(params: Mapping[str, Any], tokens: Path) -> dict[str, object]:
     """Everything that determines the bytes of a trained model, as plain values that can be compared by field.
 
-    Raises:
-        UserError: a params file or change is invalid, or the init checkpoint is missing.
+    Args:
+        params: as `read_params` returns them.
+        tokens: the token folder.
     """
-    params = read_params(params_file, changes)
-    train = params.get("train") or {}
     return {
         "model": params.get("model"),
-        "train": train,
-        "init_from": _digest_of_init_checkpoint(train.get("init_from")),
+        "train": params.get("train"),
         "tokens": {name: sha256_file(tokens / name) for name in TOKEN_FILES if (tokens / name).exists()},
         "code": {name_of(path): sha256_file(path) for path in imported_files("gpt.commands.train")},
     }
-
-
-def _digest_of_init_checkpoint(init_from: object) -> str | None:
-    if not isinstance(init_from, str):
-        return None
-    if not Path(init_from).is_file():
-        raise UserError(
-            f"train.init_from: expected a trained model, found no file {init_from} in {Path.cwd()}; give the absolute "
-            "path, which experiments with --temp and --queue need, or set it to null"
-        )
-    return sha256_file(Path(init_from))
 
 
 def name_of(path: Path) -> str:

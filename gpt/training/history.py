@@ -2,15 +2,24 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from gpt.core.files import atomic_write, explain_os_errors, write_csv
 
-TRAINING = ["step", "train_loss", "learning_rate", "grad_norm"]  # columns that a re-run repeats bit for bit
-VALIDATION = ["step", "val_loss"]
+# Fields of a Record by the names of their metrics in all files, in DVC and in MLflow.
+METRICS = {
+    "train/loss": "train_loss",
+    "val/loss": "val_loss",
+    "train/learning_rate": "learning_rate",
+    "train/grad_norm": "grad_norm",
+    "train/tokens_per_second": "tokens_per_second",
+}
+TRAINING = ["step", "train/loss", "train/learning_rate", "train/grad_norm"]  # columns that a re-run repeats bit for bit
+VALIDATION = ["step", "val/loss"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class History:
 
         Two, since evaluations are rarer than records, and DVC plots an empty cell as zero.
         """
-        table = pd.DataFrame(map(asdict, self.records), columns=[field.name for field in fields(Record)])
+        table = pd.DataFrame(map(_by_metric, self.records), columns=["step", "time", *METRICS])
         write_csv(training, table[TRAINING])
         write_csv(validation, table[VALIDATION].dropna())
 
@@ -67,8 +76,18 @@ class History:
 def read_records(path: Path) -> list[Record]:
     """Read a history file; an incomplete last line, left by a killed process, is ignored."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [Record(**{"val_loss": None, **json.loads(line)}) for line in lines if line.endswith("\n")]
+    return [_from_metrics(json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 def _line(record: Record) -> str:
-    return json.dumps({key: value for key, value in asdict(record).items() if value is not None}) + "\n"
+    return json.dumps({name: value for name, value in _by_metric(record).items() if value is not None}) + "\n"
+
+
+def _by_metric(record: Record) -> dict[str, float | None]:
+    metrics = {name: getattr(record, field) for name, field in METRICS.items()}
+    return {"step": record.step, "time": record.time, **metrics}
+
+
+def _from_metrics(values: dict[str, Any]) -> Record:
+    fields: dict[str, Any] = {field: values.get(name) for name, field in METRICS.items()}
+    return Record(step=values["step"], time=values["time"], **fields)

@@ -20,15 +20,18 @@ from gpt.model.checkpoint import Checkpoint, load_checkpoint
 from gpt.model.config import ModelConfig
 from gpt.model.device import choose_device, slow_in_bfloat16
 from gpt.model.gpt import LanguageModel, count_parameters
+from gpt.model.memory import Term, activations, check_memory, position_tables, weights
 from gpt.tokenizers.base import Tokenizer
-from gpt.training.distributed import Group, env_rank, env_size, process_group
+from gpt.training.distributed import Group, env_local_rank, env_local_size, env_rank, env_size, process_group
 from gpt.training.history import History
 from gpt.training.overfitting import find_overfitting
 from gpt.training.progress import ProgressReporter
 from gpt.training.run_folder import RunFolder
-from gpt.training.trainer import Trainer, TrainParams, seed_of
+from gpt.training.trainer import EVALUATION_TOKENS, Trainer, TrainParams, seed_of
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Weights, gradients, DDP's copy of them, AdamW's two moments, the best weights, and a resume state that is written.
+COPIES, COPIES_OF_AVERAGE = 11, 3
 IRRELEVANT = {"dropout"}  # keys of the section model that change no weight's shape or meaning
 
 
@@ -59,8 +62,8 @@ def train(
         timeout_s: seconds after which a rank that does not answer ends the job.
 
     Raises:
-        UserError: an output cannot be written, the text is too short, the device is missing, the init checkpoint does
-            not match, or the training diverged.
+        UserError: an output cannot be written, the text is too short, the device is missing, the memory does not
+            suffice, the init checkpoint does not match, or the training diverged.
         StoppedError: SIGTERM, SIGINT or SIGHUP stopped the training early.
     """
     check_lengths(data, block_size=model.block_size)
@@ -70,6 +73,10 @@ def train(
             "set launch.processes"
         )
     device = choose_device(params.device, "train.device")
+    if env_local_rank() == 0:  # before any rank allocates: the others wait for rank 0
+        processes = 1 if device.type == "cuda" else env_local_size()
+        estimate = training_memory(params, model, data.meta.vocab_size, ranks=size)
+        check_memory(f"training in {processes} process(es)", estimate, device, processes=processes)
     if env_rank() == 0:
         for path in (*vars(outputs).values(), folder.history.path):
             prepare_output(path)
@@ -90,6 +97,20 @@ def train(
                 trainer.run(folder, digests, progress, should_stop)
             if group.is_main:
                 _write(trainer, outputs, folder.history)
+
+
+def training_memory(params: TrainParams, model: ModelConfig, vocab_size: int, *, ranks: int) -> list[Term]:
+    """An estimate of the memory of one rank."""
+    shards = params.shards // ranks  # the gradients of log2(shards) subtrees are kept
+    copies = COPIES + shards.bit_length() - 1 + COPIES_OF_AVERAGE * bool(params.weight_average)
+    sequences = {"train.batch_size": params.batch_size // params.shards}
+    evaluated = {"train.batch_size": max(1, EVALUATION_TOKENS // model.block_size)}
+    return [
+        *(term.times(copies) for term in weights(model, vocab_size)),
+        *position_tables(model),
+        *activations(model, vocab_size, sequences, model.block_size, backward=True),
+        *activations(model, vocab_size, evaluated, model.block_size, backward=False),
+    ]
 
 
 def load_init_checkpoint(path: Path, params: ModelConfig, tokenizer: Tokenizer) -> Checkpoint:
@@ -118,8 +139,8 @@ def _initial_model(params: TrainParams, model: ModelConfig, data: TokenData) -> 
     """A model with random weights, or with those of the init checkpoint."""
     torch.manual_seed(seed_of(params.seed))
     initial = make_model(model, data.meta.vocab_size)
-    if params.init_from:
-        initial.load_state_dict(dict(load_init_checkpoint(Path(params.init_from), model, data.tokenizer).weights))
+    if path := params.init_file("train", "copy a trained checkpoint"):
+        initial.load_state_dict(dict(load_init_checkpoint(path, model, data.tokenizer).weights))
     return initial
 
 
@@ -172,10 +193,10 @@ def _write(trainer: Trainer, outputs: Outputs, history: History) -> None:
     history.write_csv(outputs.history, outputs.validation)
     assert progress.best_loss is not None  # there is an evaluation at the last step
     metrics = {
-        "train_loss": {record.step: record.train_loss for record in history.records}[progress.best_step],
-        "val_loss": progress.best_loss,
-        "best_step": progress.best_step,
-        "parameters": count_parameters(trainer.model),
+        "val/best_loss": progress.best_loss,
+        "val/best_step": progress.best_step,
+        "train/loss_at_best_step": {record.step: record.train_loss for record in history.records}[progress.best_step],
+        "model/parameters": count_parameters(trainer.model),
     }
     write_metrics(outputs.metrics, metrics)
     steps = f"step {progress.best_step:,} of {progress.step:,}"

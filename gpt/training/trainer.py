@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gpt.core.errors import StoppedError, UserError
-from gpt.core.params import Count, PositiveFloat, Seed
+from gpt.core.params import Count, InitSection, PositiveFloat, Seed
 from gpt.data.dataset import evaluation_windows, random_windows, shuffled_windows
 from gpt.data.loss import Batch, token_losses
 from gpt.data.token_files import TokenData
@@ -28,12 +28,11 @@ MAX_LOSS = 10  # times the loss of a uniform prediction; above it the training h
 EVALUATION_TOKENS = 2048  # in a batch; a constant, since the batch size changes the bits of the loss
 
 
-class TrainParams(OptimizerParams):
+class TrainParams(OptimizerParams, InitSection):
     """The section `train`."""
 
     batch_size: int = Field(ge=1, le=1 << 16)
     windows: Literal["shuffled", "random"]
-    init_from: str | None = Field(min_length=1)
     weight_average: float = Field(ge=0, lt=1)
     grad_clip: PositiveFloat
     precision: Literal["float32", "bfloat16"]
@@ -142,13 +141,19 @@ class Trainer:
         return rate, norm, stops > 0
 
     def evaluate(self) -> float:
-        """Return the loss of the (averaged) weights on the validation split; keep the weights if it is the best."""
+        """Return the loss of the (averaged) weights on the validation split; keep the weights if it is the best.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
         sums = [0.0] * len(self._val_batches)
         mine = slice(self.group.rank, None, self.group.size)
         with self.average.in_use() if self.average else nullcontext(), self._precision():
             losses = token_losses(self.model, self._val_batches[mine], self.group.device)
             sums[mine] = [float(losses_of_batch.sum()) for losses_of_batch in losses]
         loss = sum(self.group.sum(sums)) / len(self.data.val)
+        if not math.isfinite(loss):
+            raise self._diverged(f"a finite validation loss, found {loss}")
         if self.progress.best_loss is None or loss < self.progress.best_loss:
             self.progress.best_step, self.progress.best_loss = self.progress.step, loss
             self.best = _copy(self.average.weights if self.average else self.model.state_dict())
@@ -184,11 +189,15 @@ class Trainer:
     def _check_sanity(self, loss: float, norm: float) -> None:
         limit = MAX_LOSS * math.log(self.data.meta.vocab_size)
         if not (math.isfinite(norm) and loss < limit):
-            raise UserError(
-                f"train: step {self.progress.step}: expected a loss below {limit:.0f} and a finite gradient, found "
-                f"loss {loss:.3g}, gradient {norm:.3g}: the training diverged; earlier resume states are kept; "
-                "lower train.learning_rate or train.grad_clip, or raise train.warmup_steps"
+            raise self._diverged(
+                f"a loss below {limit:.0f} and a finite gradient, found loss {loss:.3g}, gradient {norm:.3g}"
             )
+
+    def _diverged(self, problem: str) -> UserError:
+        return UserError(
+            f"train: step {self.progress.step}: expected {problem}: the training diverged; earlier resume states are "
+            "kept; lower train.learning_rate or train.grad_clip, or raise train.warmup_steps"
+        )
 
     def _loss_of_shard(self, model: nn.Module, shard: int) -> Tensor:
         torch.manual_seed(seed_of(self.params.seed, self.progress.step, shard))  # for random windows and dropout

@@ -1,6 +1,5 @@
 """One MLflow run, made equal to the files of a run folder."""
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,14 +14,16 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from gpt.core.errors import UserError
 from gpt.core.files import canonical_json, sha256_file
-from stages.description import description
-from stages.run_record import Point, Record, artifacts, digest, dvc_cache
+from stages.description import description, is_unedited
+from stages.run_record import Point, Record, checksums, dvc_cache
+from stages.tracking.logged_model import link_metrics, log_model
 
 if TYPE_CHECKING:
     from stages.tracking.store import Store
 
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36  # limits of MLflow
 MONITOR_END_S = 5
+ORIGIN = "run.origin"  # a tag: training, or dvc.lock
 NOTE = "mlflow.note.content"  # the tag with a run's description
 
 
@@ -35,6 +36,11 @@ class TrackedRun:
         self.changed = False
         self._cached: Run | None = run  # until something is written
         self._steps: dict[str, set[int]] = {}
+
+    @property
+    def restored(self) -> bool:
+        """Whether the run is new, or one that was built from dvc.lock without its training."""
+        return self._run().data.tags.get(ORIGIN, "dvc.lock") == "dvc.lock"
 
     def log_history(self, points: Iterable[Point]) -> None:
         """Log the points of a history, with their recorded times, except for steps that the run has."""
@@ -58,6 +64,8 @@ class TrackedRun:
         """Log what the run lacks of the record's tags, params, metrics and dataset."""
         run, time = self._run(), int(record.ended * 1000)
         tags = {name: value[:LONGEST_TAG] for name, value in record.tags.items()}
+        if record.stage == "train":
+            tags[ORIGIN] = "dvc.lock" if record.restored else "training"
         self._log(
             tags=[RunTag(name, value) for name, value in tags.items() if run.data.tags.get(name) != value],
             params=[Param(k, v[:LONGEST_PARAM]) for k, v in record.params.items() if k not in run.data.params],
@@ -68,10 +76,8 @@ class TrackedRun:
                 self._client.log_inputs(self.id, [_dataset(record.dataset)])
             self._written()
 
-    def upload(self, folder: Path, records: Iterable[Record]) -> None:
-        """Upload the artifacts of stages, and the checkpoint, as far as the run lacks them.
-
-        A tag holds the digest of the artifacts uploaded last, since a listing has only names.
+    def upload(self, folder: Path, records: Sequence[Record]) -> None:
+        """Upload the artifacts of stages, the checkpoint and the LoggedModel, as far as the run lacks them.
 
         Raises:
             UserError: the artifact store failed.
@@ -80,20 +86,34 @@ class TrackedRun:
         try:
             for record in records:
                 self._upload_stage(folder, record)
+                if record.checkpoint:
+                    self._upload_model(record)
+            link_metrics(self._client, self._run(), records)
         except (MlflowException, OSError) as error:  # requests raises OSErrors
             raise UserError(f"artifacts not stored: {type(error).__name__}: {error}") from error
 
     def _upload_stage(self, folder: Path, record: Record) -> None:
-        content, tag = digest(folder, record.stage), f"published.{record.stage}"
-        same = self._run().data.tags.get(tag) == content
-        for name, path in artifacts(folder, record.stage):
-            if not same or name not in self._artifacts:
-                self._upload(path, name)
-        if not same:
-            self._log(tags=[RunTag(tag, content)])
-        name = Path(record.checkpoint_file).name
-        if record.checkpoint and name not in self._artifacts and (file := _checkpoint(record, self._store.root)):
+        """Upload the artifacts that changed, and last their checksums: a listing of artifacts has only names."""
+        with tempfile.TemporaryDirectory() as temporary:
+            name, content = f"checksums/{record.stage}.sha256", checksums(folder, record.stage)
+            present = name in self._artifacts and Path(self._client.download_artifacts(self.id, name, temporary))
+            same = set(present.read_text(encoding="utf-8").splitlines() if present else [])
+            for line, path in content:
+                artifact = line.partition("  ")[2]
+                if line not in same or artifact not in self._artifacts:
+                    self._upload(path, artifact)
+            if same != {line for line, _ in content}:
+                new = Path(temporary) / "new"
+                new.write_text("".join(f"{line}\n" for line, _ in content), encoding="utf-8")
+                self._upload(new, name)
+
+    def _upload_model(self, train: Record) -> None:
+        """Upload the checkpoint, and create the LoggedModel."""
+        file, name = _checkpoint(train, self._store.root), Path(train.checkpoint_file).name
+        if file and name not in self._artifacts:
             self._upload(file, name)
+        if file and log_model(self._client, self._run(), train, file):
+            self._written()
 
     def describe(self, folder: Path) -> None:
         """Set the run's description, unless a user has edited it.
@@ -102,13 +122,18 @@ class TrackedRun:
         """
         with self._store.lock():
             tags = self._client.get_run(self.id).data.tags  # not cached: another process may have described it
-            text, present = description(folder, self.id)[:LONGEST_TAG], tags.get(NOTE, "")
-            if present != text and (not present or tags.get("published.page") == _sha256(present)):
-                self._log(tags=[RunTag(NOTE, text), RunTag("published.page", _sha256(text))])
+            text, present = description(folder, self.id), tags.get(NOTE, "")
+            if present != text and (not present or is_unedited(present)):
+                self._log(tags=[RunTag(NOTE, text)])
 
     def finish(self, record: Record) -> None:
-        """Set the record's name, status and end time, unless its status is RUNNING."""
-        info, ended = self._run().info, int(record.ended * 1000)
+        """Set the record's name, status and end time, unless its status is RUNNING.
+
+        The start time of a run cannot be changed. A run that was trained again ends as long after it as that training
+        took, so that MLflow shows its duration.
+        """
+        info = self._run().info
+        ended = info.start_time + int((record.ended - record.began) * 1000)
         final = (record.status, ended, record.name)
         if record.status != "RUNNING" and (info.status, info.end_time, info.run_name) != final:
             self._client.update_run(self.id, name=record.name)
@@ -167,10 +192,6 @@ class TrackedRun:
             self._client.log_artifact(self.id, str(file), folder)
         self._artifacts.add(name)
         self.changed = True
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _checkpoint(record: Record, root: Path) -> Path | None:

@@ -20,7 +20,8 @@ from tests.support.common import ROOT, environment, run, train_line, write_param
 
 
 def evaluate_line(trained: Path, tokens: str | Path, params: Path) -> list[str | Path]:
-    outputs = ["--metrics", "evaluate.json", "--positions", "positions.csv", "--calibration", "calibration.csv"]
+    tables = ("positions", "blocks", "calibration")
+    outputs = ["--metrics", "evaluate.json", *(word for name in tables for word in (f"--{name}", f"{name}.csv"))]
     return ["evaluate", "--params", params, "--tokens", tokens, "--checkpoint", trained / "model.pt", *outputs]
 
 
@@ -43,13 +44,13 @@ def test_train_writes_its_outputs_and_no_other_files(trained: Path) -> None:
     assert files == tables | {"params.yaml", "model.pt", "metrics/train.json", "gpt_nano.log"}
     metrics = json.loads((trained / "metrics" / "train.json").read_text())
     about = load_checkpoint(trained / "model.pt").about
-    assert list(metrics) == ["train_loss", "val_loss", "best_step", "parameters"]
-    assert (metrics["best_step"], metrics["val_loss"]) == (about["step"], round(about["val_loss"], 4))
+    assert list(metrics) == ["val/best_loss", "val/best_step", "train/loss_at_best_step", "model/parameters"]
+    assert (metrics["val/best_step"], metrics["val/best_loss"]) == (about["step"], round(about["val_loss"], 4))
     header, *rows = (trained / "plots" / "history.csv").read_text().splitlines()
-    assert header == "step,train_loss,learning_rate,grad_norm"
+    assert header == "step,train/loss,train/learning_rate,train/grad_norm"
     assert [row.split(",")[0] for row in rows] == ["10", "20"]
     header, *rows = (trained / "plots" / "validation.csv").read_text().splitlines()
-    assert (header, [row.split(",")[0] for row in rows]) == ("step,val_loss", ["20"])
+    assert (header, [row.split(",")[0] for row in rows]) == ("step,val/loss", ["20"])
 
 
 def test_evaluate_reproduces_the_validation_loss_of_training(
@@ -60,10 +61,11 @@ def test_evaluate_reproduces_the_validation_loss_of_training(
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
     metrics = json.loads((tmp_path / "evaluate.json").read_text())
     val_loss = load_checkpoint(trained / "model.pt").about["val_loss"]
-    assert list(metrics) == ["bits_per_char", "calibration_error", "longest_copy", "copied"]
-    assert metrics["bits_per_char"] == pytest.approx(val_loss / math.log(2), abs=0.001)
+    assert list(metrics) == ["eval/bits_per_char", "eval/calibration_error", "eval/longest_copy", "eval/copied"]
+    assert metrics["eval/bits_per_char"] == pytest.approx(val_loss / math.log(2), abs=0.001)
     assert f"loss {val_loss:.4f} nats" in printed
     assert len((tmp_path / "positions.csv").read_text().splitlines()) == 1 + 32
+    assert len((tmp_path / "blocks.csv").read_text().splitlines()) == 1 + 100
     header, *rows = (tmp_path / "calibration.csv").read_text().splitlines()
     assert header == "probability,right,ideal,predictions"
     assert 1 < len(rows) <= 10

@@ -10,6 +10,8 @@ import pytest
 import vl_convert
 from playwright.sync_api import Browser, Page, Route, ViewportSize, expect, sync_playwright
 
+from stages.publish import connect
+from stages.run_record import COMMIT, EXPERIMENT
 from tests.support.common import read_yaml, wait_for
 from tests.support.project import clone, dvc, runs
 from tests.support.workspace import answers, serving
@@ -63,6 +65,14 @@ def address(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield f"{server}/#/{path}?workflowType=machine_learning"
 
 
+def test_the_table_of_runs_has_the_losses(page: Page, address: str, project: Path) -> None:
+    page.goto(f"{address.partition('#')[0]}{connect(project, EXPERIMENT).loss_view()}")
+    for metric in ("val/best_loss", "eval/bits_per_char", "train/loss"):
+        expect(page.get_by_role("columnheader", name=metric).first).to_be_visible()
+    (found,) = runs(project)
+    expect(page.get_by_role("gridcell", name=f"{found.data.metrics['val/best_loss']:.4f}").first).to_be_visible()
+
+
 @pytest.fixture
 def run_page(page: Page, address: str) -> Page:
     """MLflow's page of the run, in the training view."""
@@ -83,11 +93,11 @@ def test_the_description_shows_metrics_a_sample_and_commands(run_page: Page, pro
     run_page.get_by_role("button", name="Expand description").click()
     description = run_page.get_by_test_id("note-editor-preview-content")
     metrics = json.loads((project / "metrics" / "evaluate.json").read_text())
-    expect(description.get_by_role("cell", name=f"{metrics['bits_per_char']:.4f}").first).to_be_visible()
+    expect(description.get_by_role("cell", name=f"{metrics['eval/bits_per_char']:.4f}").first).to_be_visible()
     blocks = [block.strip() for block in description.locator("pre").all_inner_texts()]
     assert (project / "generation_out.txt").read_text().strip() in blocks
     (found,) = runs(project)
-    for part in (f"git checkout {found.data.tags['git.commit']}", f"--run-id {found.info.run_id}", "gpt generate"):
+    for part in (f"git checkout {found.data.tags[COMMIT]}", f"--run-id {found.info.run_id}", "gpt generate"):
         assert any(part in block for block in blocks)
     last = description.locator("pre").last
     last.scroll_into_view_if_needed()
@@ -97,7 +107,7 @@ def test_the_description_shows_metrics_a_sample_and_commands(run_page: Page, pro
 @pytest.mark.parametrize(
     ("tab", "metrics"),
     [
-        ("Model metrics", ["train_loss", "val_loss", "learning_rate", "eval_bits_per_char"]),
+        ("Model metrics", ["train/loss", "val/loss", "train/learning_rate", "eval/bits_per_char"]),
         ("System metrics", ["system/cpu_utilization_percentage", "system/system_memory_usage_percentage"]),
     ],
 )

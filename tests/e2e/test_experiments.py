@@ -93,7 +93,7 @@ def test_dvc_compares_the_experiments(project: Path, grid: dict[str, float]) -> 
     changed = json.loads(dvc(project, "params", "diff", "--json", one, other).stdout)
     assert changed["params.yaml"] == {"train.learning_rate": {"old": 0.01, "new": 0.02, "diff": 0.01}}
     changed = json.loads(dvc(project, "metrics", "diff", "--json", one, other).stdout)
-    assert {"old", "new", "diff"} <= set(changed["metrics/evaluate.json"]["bits_per_char"])
+    assert {"old", "new", "diff"} <= set(changed["metrics/evaluate.json"]["eval/bits_per_char"])
     dvc(project, "plots", "diff", one, other)
     page = (project / "dvc_plots" / "index.html").read_text()
     for entry in read_yaml(ROOT / "dvc.yaml")["plots"]:
@@ -216,7 +216,7 @@ def test_params_edited_during_training_are_not_recorded_with_its_model(workspace
     (trained,) = runs_of(workspace, max_steps=330)
     assert trained.info.status == "FINISHED"  # the results of the training are kept
     assert "Running stage 'train'" in dvc(workspace, "repro", "train").stdout
-    assert json.loads((workspace / "metrics" / "train.json").read_text())["best_step"] <= 30
+    assert json.loads((workspace / "metrics" / "train.json").read_text())["val/best_step"] <= 30
 
 
 @pytest.mark.parametrize("path", [ROOT / "params.yaml", *(ROOT / "presets").glob("*.yaml")], ids=lambda path: path.name)

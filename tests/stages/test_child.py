@@ -27,7 +27,8 @@ if sys.argv[1].startswith("stop"):
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, stop)
     open(sys.argv[1] + os.environ["RANK"], "w").close()
-    while not os.path.exists("finish"):
+    until = time.monotonic() + 90
+    while not os.path.exists("finish") and time.monotonic() < until:
         time.sleep(0.1)
     sys.exit(0)
 if os.environ["RANK"] == "0":

@@ -1,18 +1,19 @@
 """The description of an MLflow run."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from stages.description import WIDTH, description
-from stages.run_record import Record, save
+from stages.description import WIDTH, description, is_unedited
+from stages.run_record import COMMIT, DIRTY, Record, save
 
 TRAIN = Record(
     stage="train",
     began=0,
     ended=7,
-    tags={"git.commit": "c0ffee" * 7, "git.changed": "gpt/model.py, a|b.py", "parameters": "12345"},
-    metrics={"best_val_loss": 1.63, "best_step": 2500.0},
+    tags={COMMIT: "c0ffee" * 7, DIRTY: "gpt/model.py, a|b.py"},
+    metrics={"val/best_loss": 1.63, "val/best_step": 2500.0},
     changes=["train.seed=2"],
     checkpoint="ab" * 32,
     checkpoint_file="my weights.pt",
@@ -23,7 +24,7 @@ TRAIN = Record(
 def run(tmp_path: Path) -> Path:
     """A run folder after training and evaluation."""
     save(tmp_path, TRAIN, {})
-    metrics = {"eval_new_metric": 7, "eval_bits_per_char": 1.5}
+    metrics = {"eval/new_metric": 7, "eval/bits_per_char": 1.5}
     save(tmp_path, Record(stage="evaluate", began=0, ended=1, metrics=metrics), {})
     return tmp_path
 
@@ -34,8 +35,8 @@ def test_metrics_and_commands(run: Path) -> None:
     assert "gpt/model.py, a\\|b.py" in text
     rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| ")]
     found = {name.strip(): value.strip() for name, value in rows}
-    expected = {"eval_new_metric": "7", "eval_bits_per_char": "1.5000", "best_val_loss": "1.6300", "best_step": "2,500"}
-    assert expected.items() <= found.items()
+    expected = {"val/best_loss": "1.6300", "eval/bits_per_char": "1.5000", "eval/new_metric": "7"}
+    assert list(found.items())[1:4] == list(expected.items())
     commands = text.replace(" \\\n ", "")
     for line in (
         f"git checkout {'c0ffee' * 7}\n"
@@ -49,8 +50,9 @@ def test_metrics_and_commands(run: Path) -> None:
 
 
 def test_a_sample_of_any_text_fits_into_a_code_block_and_a_tag(run: Path) -> None:
-    generate = Record(stage="generate", began=0, ended=1, tags={"generate.prompts": '["it\'s", "b"]'})
-    save(run, generate, {"logs/generate.log": "no sample", "text.txt": "a ```` b\n" * 5000})
+    generate, params = Record(stage="generate", began=0, ended=1), json.dumps({"generate.prompts": '["it\'s", "b"]'})
+    texts = {"logs/generate.log": "no sample", "params/generate.json": params, "text.txt": "a ```` b\n" * 5000}
+    save(run, generate, texts)
     text = description(run, "0123")
     assert "\n\n    a ```` b\n" in text
     assert "\n    …\n" in text
@@ -58,6 +60,9 @@ def test_a_sample_of_any_text_fits_into_a_code_block_and_a_tag(run: Path) -> Non
     assert "no sample" not in text
     assert len(text) < 8000
     assert description(run, "0123") == text
+    assert is_unedited(text)
+    assert not is_unedited(f"{text} ")
+    assert not is_unedited(text.replace("1.6300", "1.5"))
 
 
 def test_lines_of_code_blocks_fit_on_the_screen(run: Path) -> None:

@@ -1,10 +1,12 @@
 """What the stages publish: real wrappers, real stores, and a stand-in for the commands of gpt."""
 
 import hashlib
+import json
 import os
 import signal
 import socket
 import subprocess
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from mlflow import MlflowClient
 
 from gpt.core.files import sha256_file
 from tests.support.common import wait_for
-from tests.support.workspace import PARAMS, Workspace, answers, ended, runs_in, steps, values
+from tests.support.workspace import PARAMS, Workspace, answers, ended, experiment_id, runs_in, steps, values
 
 
 def test_two_wrappers_that_create_the_store_at_the_same_time(server: str, tmp_path: Path) -> None:
@@ -24,7 +26,7 @@ def test_two_wrappers_that_create_the_store_at_the_same_time(server: str, tmp_pa
     assert [ended(process) for process in both] == ["", ""]
     runs = place.runs()
     assert {run["params"]["train.seed"] for run in runs} == {"1", "2"}
-    assert [steps(run, "train_loss") for run in runs] == [list(range(12))] * 2
+    assert [steps(run, "train/loss") for run in runs] == [list(range(12))] * 2
 
 
 def test_tags_params_and_dataset_of_a_trained_model(done: Workspace) -> None:
@@ -34,12 +36,11 @@ def test_tags_params_and_dataset_of_a_trained_model(done: Workspace) -> None:
     expected = {
         "run.key": done.key,
         "checkpoint.sha256": sha256_file(done.folder / "w.pt"),
-        "git.commit": commit.stdout.strip(),
         "mlflow.source.git.commit": commit.stdout.strip(),
         "dvc.exp_name": "wise-owl",
-        "parameters": "99",
-        "evaluate.batch_size": "8",
-        "generate.prompts": '["ROMEO:"]',
+        "run.origin": "training",
+        "mlflow.source.name": "dvc.yaml:train",
+        "mlflow.source.type": "LOCAL",
     }
     assert expected.items() <= run["tags"].items()
     description = run["tags"]["mlflow.note.content"]
@@ -63,36 +64,95 @@ def test_tags_params_and_dataset_of_a_trained_model(done: Workspace) -> None:
 
 def test_metrics_at_their_recorded_steps_and_times(done: Workspace) -> None:
     (run,) = done.runs()
-    for metric in ("train_loss", "learning_rate", "grad_norm", "tokens_per_second"):
+    for metric in ("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second"):
         assert steps(run, metric) == list(range(12))
-    assert [(step, time) for step, time, _ in run["metrics"]["val_loss"]][1] == (5, 1763700000625)
-    assert steps(run, "val_loss") == [0, 5, 10]
+    assert [(step, time) for step, time, _ in run["metrics"]["val/loss"]][1] == (5, 1763700000625)
+    assert steps(run, "val/loss") == [0, 5, 10]
     assert len(steps(run, "system/cpu_utilization_percentage")) > 0
-    final = {"best_val_loss": 1.5, "best_step": 10, "eval_loss": 1.25, "eval_characters": 7}
+    final = {"val/best_loss": 1.5, "val/best_step": 10, "eval/loss": 1.25, "eval/characters": 7}
     assert {name: values(run, name)[-1] for name in final} == final
-    assert values(run, "eval_loss") == [1.5, 1.25]
+    assert values(run, "eval/loss") == [1.5, 1.25]
 
 
 def test_artifacts_of_a_trained_model(done: Workspace) -> None:
     (run,) = done.runs()
-    special = {name: content for name, content in run["artifacts"].items() if name.startswith(("logs/", "pictures/"))}
+    folders = ("logs/", "pictures/", "checksums/")
+    special = {name: content for name, content in run["artifacts"].items() if name.startswith(folders)}
     assert {name: content for name, content in run["artifacts"].items() if name not in special} == {
         "w.pt": "weights",
         "params.yaml": PARAMS,
-        "history.csv": "step,train_loss\n",
-        "validation.csv": "step,val_loss\n",
+        "history.csv": "step,train/loss\n1,2.99\n",
+        "validation.csv": "step,val/loss\n5,3.45\n",
         "train.json": (done.folder / "m/train.json").read_text(),
-        "evaluate.json": '{"loss": 1.25, "characters": 7}',
+        "evaluate.json": '{"eval/loss": 1.25, "eval/characters": 7}',
         "positions.csv": "position,loss\n1,2\n",
+        "blocks.csv": "block,characters,nats\n1,7,10.5\n",
         "calibration.csv": "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n",
+        "params/evaluate.json": '{\n  "evaluate.batch_size": "8"\n}',
+        "params/generate.json": json.dumps({"generate.prompts": '["ROMEO:"]', "generate.seed": "1"}, indent=2),
         "text.txt": "ROMEO: hm\n",
     }
+    sums = [f"checksums/{stage}.sha256" for stage in ("evaluate", "generate", "train")]
     logs = [f"logs/{stage}.log" for stage in ("evaluate", "generate", "train")]
-    assert sorted(special) == [*logs, "pictures/attention.png"]
+    assert sorted(special) == [*sums, *logs, "pictures/attention.png"]
     assert special["pictures/attention.png"] == hashlib.sha256(b"attention maps").hexdigest()
+    digest = hashlib.sha256(b"ROMEO: hm\n").hexdigest()
+    assert f"{digest}  text.txt" in special["checksums/generate.sha256"]
     line = f"2026-11-21 07:00:00 INFO train[{done.key[:8]}]: started\n"
     assert special["logs/train.log"] == line
     assert line in (done.folder / "gpt_nano.log").read_text(), "which has every command"
+
+
+def test_the_logged_model_has_checkpoint_params_and_metrics(done: Workspace) -> None:
+    (run,) = done.client.search_runs([experiment_id(done.client)])
+    (model,) = done.client.search_logged_models([run.info.experiment_id])
+    assert (model.name, model.status, model.source_run_id) == ("chargpt", "READY", run.info.run_id)
+    assert model.tags["checkpoint.sha256"] == sha256_file(done.folder / "w.pt")
+    assert model.params == run.data.params
+    metrics = {metric.key: metric.value for metric in model.metrics}
+    assert metrics == {
+        "val/best_loss": 1.5,
+        "val/best_step": 10,
+        "model/parameters": 99,
+        "eval/loss": 1.25,
+        "eval/characters": 7,
+    }
+    assert {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {("corpus", "c" * 36)}
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+    folder = Path(model.artifact_location.removeprefix("file://").replace("%20", " "))
+    assert (folder / "data/w.pt").read_text() == "weights"
+    assert str(done.folder) not in (folder / "MLmodel").read_text()
+
+
+def test_variables_of_mlflow_name_run_and_experiment_and_a_parent_groups_runs(place: Workspace) -> None:
+    place.environment |= {
+        "MLFLOW_EXPERIMENT_NAME": "it's",
+        "MLFLOW_RUN_NAME": "mine",
+        "CHARGPT_PARENT_RUN": "the sweep's",
+    }
+    for seed in (1, 2):
+        assert ended(place.train("-S", f"train.seed={seed}")) == ""
+    del place.environment["MLFLOW_EXPERIMENT_NAME"]
+    assert [ended(place.evaluate()), ended(place.sync())] == ["", ""]
+    assert place.runs() == []
+    runs = runs_in(place.client, "it's")
+    assert sorted(run["name"] for run in runs) == ["mine", "mine", "the sweep's"]
+    experiment = experiment_id(place.client, "it's")
+    (parent,) = place.client.search_runs([experiment], 'attributes.run_name = "the sweep\'s"')
+    children = place.client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert sorted(child.data.params["train.seed"] for child in children) == ["1", "2"]
+    assert sum("eval/loss" in child.data.metrics for child in children) == 1
+
+
+def test_a_run_that_is_trained_again_has_the_duration_of_that_training(place: Workspace) -> None:
+    assert ended(place.train()) == ""
+    (first,) = place.runs()
+    time.sleep(2)
+    assert ended(place.train()) == ""
+    (again,) = place.runs()
+    (before, after) = (end - start for start, end in (first["times"], again["times"]))
+    assert first["times"][0] == again["times"][0]
+    assert after < before + 1900
 
 
 def test_a_refused_command_changes_no_run_and_gets_its_options(done: Workspace) -> None:
@@ -108,7 +168,7 @@ def test_a_refused_command_changes_no_run_and_gets_its_options(done: Workspace) 
 
 def test_every_step_once_after_a_kill_and_a_rerun(place: Workspace) -> None:
     wrapper = place.train(steps=8, hang=True)
-    wait_for(lambda: (runs := place.runs()) and steps(runs[0], "train_loss") == list(range(8)))  # live
+    wait_for(lambda: (runs := place.runs()) and steps(runs[0], "train/loss") == list(range(8)))  # live
     wait_for(lambda: steps(place.runs()[0], "system/cpu_utilization_percentage"))
     assert place.runs()[0]["status"] == "RUNNING"
     os.kill(place.child()["pid"], signal.SIGKILL)
@@ -122,8 +182,8 @@ def test_every_step_once_after_a_kill_and_a_rerun(place: Workspace) -> None:
     samples = steps(run, "system/cpu_utilization_percentage")
     assert samples == list(range(len(samples)))
     assert run["status"] == "FINISHED"
-    assert steps(run, "train_loss") == list(range(12))
-    assert set(killed["metrics"]["train_loss"]) <= set(run["metrics"]["train_loss"])
+    assert steps(run, "train/loss") == list(range(12))
+    assert set(killed["metrics"]["train/loss"]) <= set(run["metrics"]["train/loss"])
 
 
 def test_signals_leave_no_orphans_and_sync_corrects_the_runs_of_killed_wrappers(place: Workspace) -> None:
@@ -132,7 +192,7 @@ def test_signals_leave_no_orphans_and_sync_corrects_the_runs_of_killed_wrappers(
     def status() -> list[str]:
         return [run["status"] for run in sorted(place.runs(), key=lambda run: str(run["params"]["train.seed"]))]
 
-    wait_for(lambda: [steps(run, "train_loss") for run in place.runs()] == [[0]] * 3)
+    wait_for(lambda: [steps(run, "train/loss") for run in place.runs()] == [[0]] * 3)
     stopped.send_signal(signal.SIGINT)
     (child,) = psutil.Process(killed.pid).children()
     killed.kill()
@@ -168,7 +228,7 @@ def test_a_store_that_becomes_available_before_the_end_gets_everything(place: Wo
     wrapper.send_signal(signal.SIGTERM)
     assert ended(wrapper, 75) == "stages.train: stopped by SIGTERM\n"
     (run,) = place.runs()
-    assert (run["status"], steps(run, "train_loss")) == ("KILLED", [0, 1, 2])
+    assert (run["status"], steps(run, "train/loss")) == ("KILLED", [0, 1, 2])
 
 
 def test_a_refused_command_leaves_its_message_and_no_run(place: Workspace) -> None:
@@ -212,8 +272,8 @@ def test_a_server_that_is_down_costs_a_line_and_sync_publishes_later(place: Work
     assert ended(place.sync()) == ""
     assert runs_in(client) == first
     (run,) = first
-    assert {"eval_loss", "best_val_loss"} <= set(run["metrics"])
-    assert steps(run, "train_loss") == list(range(12))
+    assert {"eval/loss", "val/best_loss"} <= set(run["metrics"])
+    assert steps(run, "train/loss") == list(range(12))
     assert {"w.pt", "params.yaml", "evaluate.json", "pictures/attention.png"} <= set(run["artifacts"])
 
 

@@ -16,7 +16,7 @@ def test_the_history_reader_returns_each_complete_line_once(tmp_path: Path) -> N
     reader = HistoryReader(path)
 
     def lines(*numbers: int) -> str:
-        return "".join(f'{{"step": {n}, "time": 1, "val_loss": null}}\n' for n in numbers)
+        return "".join(f'{{"step": {n}, "time": 1, "val/loss": null}}\n' for n in numbers)
 
     def new_steps() -> list[float]:
         return [point["step"] for point in reader.new_points()]

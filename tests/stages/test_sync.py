@@ -1,6 +1,7 @@
 """`python -m stages.sync`: a tracking store gets what it lacks of the run folders, and keeps what it has."""
 
 import hashlib
+import json
 import os
 import shutil
 import sqlite3
@@ -16,11 +17,10 @@ from mlflow.entities import Metric, Param
 from gpt.core.files import sha256_file
 from stages import sync
 from stages.publish import tracking_uri
-from stages.run_record import Record, save
-from stages.tracking import store as tracking_store
+from stages.run_record import EXPERIMENT, Record, save
 from stages.tracking import tracked_run
 from tests.support.common import environment, wait_for
-from tests.support.workspace import Run, Workspace, answers, runs_in, steps
+from tests.support.workspace import Run, Workspace, answers, experiment_id, runs_in, steps
 
 MD5 = hashlib.md5(b"weights").hexdigest()
 
@@ -56,9 +56,17 @@ def store(
     return MlflowClient(address)
 
 
+def move_to(runs: list[Path], experiment: str) -> str:
+    """Let the records name another experiment; returns it."""
+    for run in runs:
+        record = json.loads((run / "row/train.json").read_text())
+        (run / "row/train.json").write_text(json.dumps(record | {"experiment": experiment}))
+    return experiment
+
+
 def log_half(runs: list[Run], client: MlflowClient) -> None:
     """Log the runs with all tags, but half of the metrics and params and no artifacts."""
-    experiment = client.create_experiment(tracking_store.EXPERIMENT)
+    experiment = client.create_experiment("half")
     for run in runs:
         tags = {k: v for k, v in run["tags"].items() if not k.startswith("mlflow.")}
         created = client.create_run(experiment, run["times"][0], tags, run["name"]).info.run_id
@@ -67,14 +75,14 @@ def log_half(runs: list[Run], client: MlflowClient) -> None:
 
 
 def test_missing_content_is_published_and_nothing_else_changes(
-    kept: list[Path], store: MlflowClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kept: list[Path], store: MlflowClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def synced(message: str) -> list[Run]:
-        code, found = sync.main([]), runs_in(store)
+        code, found = sync.main([]), runs_in(store, name)
         assert (code, capsys.readouterr().out[: len(message) or None]) == (0, message), found
         return found
 
-    monkeypatch.setattr(tracking_store, "EXPERIMENT", "one after the other")
+    name = move_to(kept, "one after the other")
     kept[1].rename("away")
     (only,) = synced("stages.sync: published 1 of 1 run(s) to ")
     Path("away").rename(kept[1])
@@ -82,12 +90,12 @@ def test_missing_content_is_published_and_nothing_else_changes(
     whole = synced("stages.sync: published 1 of 2 run(s) to ")
     assert only in whole
     assert synced("") == whole
-    monkeypatch.setattr(tracking_store, "EXPERIMENT", "half")
+    name = move_to(kept, "half")
     log_half(whole, store)
     assert synced("stages.sync: published 2 of 2 run(s) to ") == whole
-    monkeypatch.setattr(tracking_store, "EXPERIMENT", "nothing")
+    name = move_to(kept, "nothing")
     assert synced("stages.sync: published 2 of 2 run(s) to ") == whole
-    assert steps(only, "train_loss") == list(range(12))
+    assert steps(only, "train/loss") == list(range(12))
     assert only["artifacts"]["w.pt"] == "weights"
     assert [run["artifacts"].get("dvc.lock") for run in whole] == [None, Path("dvc.lock").read_text()]
 
@@ -103,9 +111,9 @@ def test_sync_rebuilds_what_the_stages_published(
     assert sync.main([]) == 0
     ((before,), (rebuilt,)) = done.runs(), runs_in(MlflowClient(f"sqlite:///{tmp_path / 'new.db'}"))
     for run in (before, rebuilt):
-        names = [name for name in run["metrics"] if name.startswith(("system/", "eval_"))]
+        names = [name for name in run["metrics"] if name.startswith(("system/", "eval/"))]
         latest = {name: max(run["metrics"].pop(name), key=lambda point: point[1])[2] for name in names}
-        run["evaluation"] = {name: value for name, value in latest.items() if name.startswith("eval_")}
+        run["evaluation"] = {name: value for name, value in latest.items() if name.startswith("eval/")}
     assert rebuilt == before
 
 
@@ -115,7 +123,6 @@ def test_changes_are_published_and_a_users_edits_are_kept(
     """Also: the checkpoint from DVC's cache, and the run of an evaluation without run folder becomes this run."""
     shutil.copyfile(empty_store, "mlflow.db")
     client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
-    monkeypatch.setattr(tracking_store, "EXPERIMENT", "changes")
     monkeypatch.setattr(tracked_run, "dvc_cache", lambda root: root / "cache")
     shutil.rmtree(kept[1])
     cached = Path("cache/files/md5", MD5[:2], MD5[2:])
@@ -123,7 +130,7 @@ def test_changes_are_published_and_a_users_edits_are_kept(
     Path("w.pt").rename(cached)
     Path("w.pt").write_text("of another run")
     tags = {"checkpoint.sha256": sha256_file(cached)}
-    evaluated = client.create_run(client.create_experiment("changes"), tags=tags)
+    evaluated = client.create_run(client.create_experiment(EXPERIMENT), tags=tags)
     assert sync.main([]) == 0
     (run,) = runs_in(client)
     assert run["tags"]["run.key"] == kept[0].name
@@ -144,13 +151,33 @@ def test_a_deleted_experiment_is_named_and_after_its_restoration_published_once(
     shutil.copyfile(empty_store, "mlflow.db")
     client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    experiment = client.create_experiment(tracking_store.EXPERIMENT, (Path.cwd() / "mlruns").as_uri())
+    experiment = client.create_experiment(EXPERIMENT, (Path.cwd() / "mlruns").as_uri())
     client.delete_experiment(experiment)
     assert sync.main([]) == 1
     assert f"mlflow experiments restore --experiment-id {experiment}" in capsys.readouterr().err
     client.restore_experiment(experiment)
     assert [sync.main([]), sync.main([])] == [0, 0]
     assert [run["name"] for run in runs_in(client)] == ["other", "wise-owl"]
+
+
+def test_a_deleted_run_stays_deleted_until_it_is_restored(
+    kept: list[Path], store: MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The store may be shared, so a command of the user, not another run, brings it back."""
+    move_to(kept, "deleted")
+    assert sync.main([]) == 0
+    before = runs_in(store, "deleted")
+    experiment = experiment_id(store, "deleted")
+    (run,) = store.search_runs([experiment], f"tags.`run.key` = '{kept[0].name}'")
+    store.delete_run(run.info.run_id)
+    capsys.readouterr()
+    assert [sync.main([]), sync.main([])] == [0, 0]
+    printed = capsys.readouterr().out
+    assert printed.count(f"mlflow runs restore --run-id {run.info.run_id}") == 1
+    assert [run["name"] for run in runs_in(store, "deleted")] == ["other"]
+    store.restore_run(run.info.run_id)
+    assert sync.main([]) == 0
+    assert runs_in(store, "deleted") == before
 
 
 def test_a_store_of_a_moved_folder_is_refused_and_rebuilt(
@@ -188,7 +215,7 @@ def test_artifacts_that_cannot_be_stored_are_added_later(
     client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
     Path("mlruns").unlink()
     (without,) = runs_in(client)
-    assert (without["status"], without["artifacts"], steps(without, "train_loss")) == ("FINISHED", {}, list(range(12)))
+    assert (without["status"], without["artifacts"], steps(without, "train/loss")) == ("FINISHED", {}, list(range(12)))
     assert sync.main([]) == 0
     (run,) = runs_in(client)
     assert run["artifacts"]["text.txt"] == "ROMEO: hm\n"

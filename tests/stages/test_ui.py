@@ -17,7 +17,8 @@ def test_the_ui_answers_also_through_a_tunnel_on_another_port(place: Workspace) 
         assert f"port {port}: " in ended(place.start("ui", str(port)), 2)
     server = place.start("ui", str(port))
     assert server.stdout
-    assert re.match(f"MLflow: http://127.0.0.1:{port}/", server.stdout.readline())
+    view = rf"MLflow: http://127.0.0.1:{port}/#/experiments/\d+/runs\?.*viewStateShareKey=loss"
+    assert re.match(view, server.stdout.readline())
     try:
         wait_for(lambda: answers(f"http://127.0.0.1:{port}"))
         address = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0"

@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-PATHS = ("checkpoint", "metrics", "history", "validation", "positions", "calibration", "pictures", "out", "run-dir")
+PATHS = (
+    *("checkpoint", "metrics", "history", "validation", "positions", "blocks", "calibration", "pictures", "out"),
+    "run-dir",
+)
 
 
 def write(path: Path, text: str) -> None:
@@ -36,9 +39,9 @@ def train(options: argparse.Namespace, plan: dict[str, Any]) -> None:
         Path("ready").touch()
         time.sleep(60)
     write(options.checkpoint, plan.get("weights", "weights"))
-    write(options.history, "step,train_loss\n")
-    write(options.validation, "step,val_loss\n")
-    write(options.metrics, json.dumps({"val_loss": 1.5, "train_loss": 1.4, "best_step": 10, "parameters": 99}))
+    write(options.history, "step,train/loss\n1,2.99\n")
+    write(options.validation, "step,val/loss\n5,3.45\n")
+    write(options.metrics, json.dumps({"val/best_loss": 1.5, "val/best_step": 10, "model/parameters": 99}))
 
 
 def write_history(history: Path, plan: dict[str, Any]) -> None:
@@ -49,10 +52,10 @@ def write_history(history: Path, plan: dict[str, Any]) -> None:
     truncated.write_text("".join(old[:resume]))
     truncated.replace(history)
     for step in range(resume, plan["steps"]):
-        point = {"step": step, "train_loss": 3 - step / 100, "learning_rate": 0.1, "grad_norm": 1.0}
-        point |= {"time": 1763700000 + plan.get("later", 0) + step / 8, "tokens_per_second": time.perf_counter()}
+        point = {"step": step, "train/loss": 3 - step / 100, "train/learning_rate": 0.1, "train/grad_norm": 1.0}
+        point |= {"time": 1763700000 + plan.get("later", 0) + step / 8, "train/tokens_per_second": time.perf_counter()}
         if step % 5 == 0:
-            point["val_loss"] = 3.5 - step / 100
+            point["val/loss"] = 3.5 - step / 100
         line = json.dumps(point) + "\n"
         with history.open("a") as file:
             file.write(line[:20])
@@ -61,8 +64,9 @@ def write_history(history: Path, plan: dict[str, Any]) -> None:
 
 
 def evaluate(options: argparse.Namespace, plan: dict[str, Any]) -> None:
-    write(options.metrics, json.dumps({"loss": plan["loss"], "characters": 7}))
+    write(options.metrics, json.dumps({"eval/loss": plan["loss"], "eval/characters": 7}))
     write(options.positions, "position,loss\n1,2\n")
+    write(options.blocks, "block,characters,nats\n1,7,10.5\n")
     write(options.calibration, "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n")
     write(options.pictures / "attention.png", "attention maps")
 

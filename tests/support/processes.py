@@ -17,7 +17,6 @@ from tests.support.common import free_port
 CONTEXT = multiprocessing.get_context("forkserver")
 set_forkserver_preload(["gpt.commands.train", "torch._dynamo", __name__])  # the first optimizer imports _dynamo
 WRITING = os.O_WRONLY | os.O_RDWR
-OPERATIONS = "operations.txt"  # the file operations of a command, one a line
 
 
 class Running:
@@ -67,6 +66,11 @@ def start(
     return [Running(folder, arguments, each, kill_at) for each in variables]
 
 
+def operations(folder: Path, rank: str = "") -> list[str]:
+    """The file operations of a command in a folder, in order; of a rank, if there were several."""
+    return (folder / f"operations{rank}.txt").read_text().splitlines()
+
+
 def rendezvous() -> dict[str, str]:
     """Variables with an address and a free port for a process group."""
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -80,7 +84,7 @@ def _run(
     for path, descriptor in ((output, 1), (errors, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     sys.argv = ["gpt", *arguments]
-    operations = os.open(OPERATIONS, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    operations = os.open(f"operations{variables.get('RANK', '')}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     count = 0
 
     def count_writes(event: str, details: tuple[object, ...]) -> None:

@@ -18,7 +18,7 @@ from tests.support.common import FAST, ROOT, environment, run, wait_for, write_p
 QUEUE_S = 240
 CHECKPOINT = "chargpt_nano.pt"
 TRAINED = [CHECKPOINT, "metrics/train.json", "plots/history.csv", "plots/validation.csv"]
-EVALUATED = ["metrics/evaluate.json", "plots/positions.csv", "plots/calibration.csv"]
+EVALUATED = ["metrics/evaluate.json", "plots/positions.csv", "plots/blocks.csv", "plots/calibration.csv"]
 OUTPUTS = ["data/tokens/train.bin", *TRAINED, *EVALUATED, "generation_out.txt", "dvc.lock"]
 
 
@@ -106,7 +106,7 @@ def runs(project: Path) -> list[Run]:
 
 def logged_steps(project: Path, run_id: str) -> list[int]:
     """The steps at which a run logged its training loss."""
-    return [point.step for point in store(project).get_metric_history(run_id, "train_loss")]
+    return [point.step for point in store(project).get_metric_history(run_id, "train/loss")]
 
 
 def artifacts(project: Path, run_id: str) -> set[str]:

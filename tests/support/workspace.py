@@ -17,8 +17,9 @@ import requests
 from mlflow import MlflowClient, entities
 
 from gpt.core.files import sha256_file
+from gpt.core.params import read_params
 from gpt.training.fingerprint import run_key
-from stages.tracking import store as tracking_store
+from stages.run_record import EXPERIMENT
 from tests.support import fake_gpt
 from tests.support.common import environment, free_port, run, wait_for
 
@@ -69,7 +70,8 @@ class Workspace:
         return self.run_gpt("train", "--tokens", "tokens", "--metrics", "m/train.json", *outputs, *more, **plan)
 
     def evaluate(self, *more: str, **plan: object) -> "subprocess.Popen[str]":
-        outputs = ("--positions", "plots/positions.csv", "--calibration", "plots/calibration.csv")
+        tables = ("positions", "blocks", "calibration")
+        outputs = [word for name in tables for word in (f"--{name}", f"plots/{name}.csv")]
         return self.run_gpt("evaluate", "--metrics", "m/evaluate.json", *outputs, *more, **plan)
 
     def generate(self, **plan: object) -> "subprocess.Popen[str]":
@@ -79,7 +81,7 @@ class Workspace:
         return self.start("sync")
 
     def key_with(self, changes: Sequence[str] = ()) -> str:
-        return run_key(self.folder / "params.yaml", self.folder / "tokens", changes)
+        return run_key(read_params(self.folder / "params.yaml", changes), self.folder / "tokens")
 
     @property
     def key(self) -> str:
@@ -101,12 +103,18 @@ class Workspace:
         return runs_in(self.client)
 
 
-def runs_in(client: MlflowClient) -> list[Run]:
+def runs_in(client: MlflowClient, experiment_name: str = EXPERIMENT) -> list[Run]:
     """All that the store holds of our runs, the oldest first, without random ids."""
-    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT)
-    ids = [experiment.experiment_id] if experiment else []
-    found = client.search_runs(ids, order_by=["attributes.start_time ASC"]) if ids else []
+    if not client.get_experiment_by_name(experiment_name):
+        return []
+    found = client.search_runs([experiment_id(client, experiment_name)], order_by=["attributes.start_time ASC"])
     return [_contents(client, run) for run in found]
+
+
+def experiment_id(client: MlflowClient, name: str = EXPERIMENT) -> str:
+    experiment = client.get_experiment_by_name(name)
+    assert experiment
+    return str(experiment.experiment_id)
 
 
 def _contents(client: MlflowClient, run: entities.Run) -> Run:
@@ -114,7 +122,9 @@ def _contents(client: MlflowClient, run: entities.Run) -> Run:
     histories = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}
     datasets = [given.dataset for given in run.inputs.dataset_inputs] if run.inputs else []
     tags = {name: value.replace(run_id, "ID") for name, value in run.data.tags.items()}
-    tags.pop("published.page", None)  # a digest that depends on the random run id
+    tags["mlflow.note.content"] = tags.get("mlflow.note.content", "").partition("<!--")[
+        0
+    ]  # a digest: of the run id too
     return {
         "name": run.info.run_name,
         "status": run.info.status,

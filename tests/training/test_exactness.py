@@ -215,7 +215,7 @@ def test_a_kill_before_any_file_operation_changes_no_byte(
     """
     short = {"train__max_steps": 8, "train__eval_interval": 4, "train__log_interval": 2, "train__save_interval": 2}
     expected = finish(prepare(tmp_path / "uninterrupted", **short), tokens)
-    operations = (tmp_path / "uninterrupted" / processes.OPERATIONS).read_text().splitlines()
+    operations = processes.operations(tmp_path / "uninterrupted")
     assert any("validation.csv" in operation for operation in operations)
     for operation in range(first, len(operations), interval):
         folder = prepare(tmp_path / str(operation), **short)

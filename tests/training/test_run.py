@@ -1,5 +1,6 @@
 """A training run as a whole: fine-tuning from an init checkpoint, and the report of overfitting."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -11,9 +12,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from gpt.commands.check_params import command as check_params
 from gpt.core.cli import logging_to
 from gpt.core.errors import StoppedError, UserError
-from gpt.core.params import check_section
+from gpt.core.files import sha256_file
+from gpt.core.params import check_section, read_params
 from gpt.data.prepare import tokenize
 from gpt.data.token_files import load_tokens
 from gpt.evaluation.evaluator import EvaluateParams, evaluate
@@ -33,6 +36,13 @@ def write(folder: Path, source: str, **changes: Any) -> Path:
     return write_params(folder / "params.yaml", **{**common, **changes})
 
 
+def start_from(folder: Path, source: str, files: dict[str, str], **changes: Any) -> Path:
+    """Write params whose sections start from these files of the folder, with their digests."""
+    init = {f"{section}__init_from": name for section, name in files.items()}
+    init |= {f"{section}__init_sha256": sha256_file(folder / name) for section, name in files.items()}
+    return write(folder, source, **init, **changes)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path, trained: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace with a trained model, `base.pt`, its tokenizer, `base.json`, and another text."""
@@ -45,13 +55,13 @@ def workspace(tmp_path: Path, trained: Path, tokens: Path, monkeypatch: pytest.M
 
 def test_fine_tuning_starts_from_the_init_checkpoint(workspace: Path, run_main: RunMain) -> None:
     losses = []
-    for init_from in (None, "base.pt"):
+    for fine_tune in (False, True):
         changes = {"train__max_steps": 5, "train__precision": "float32", "model__dropout": 0.0}
-        changes |= {"tokenize__init_from": "base.json", "train__init_from": init_from}
-        write(workspace, "other.txt", **changes)
+        files = {"tokenize": "base.json"} | ({"train": "base.pt"} if fine_tune else {})
+        start_from(workspace, "other.txt", files, **changes)
         for stage in ("download", "tokenize", "train"):
             run_main(*stage_line(stage))
-        losses.append(json.loads((workspace / "metrics" / "train.json").read_text())["val_loss"])
+        losses.append(json.loads((workspace / "metrics" / "train.json").read_text())["val/best_loss"])
     from_scratch, fine_tuned = losses
     assert fine_tuned < from_scratch - 0.5
     checkpoint = load_checkpoint(workspace / "chargpt_nano.pt")
@@ -59,14 +69,29 @@ def test_fine_tuning_starts_from_the_init_checkpoint(workspace: Path, run_main: 
     assert checkpoint.tokenizer == load_checkpoint(workspace / "base.pt").tokenizer
 
 
-def test_the_run_key_depends_on_the_bytes_of_the_init_checkpoint(workspace: Path, tokens: Path) -> None:
+def test_an_init_file_is_pinned_by_its_sha256(workspace: Path, run_main: RunMain) -> None:
+    digest = sha256_file(workspace / "base.pt")
     params = write(workspace, "other.txt", train__init_from="base.pt")
-    before = run_key(params, tokens)
-    (workspace / "base.pt").write_bytes((workspace / "base.pt").read_bytes() + b" ")
-    assert run_key(params, tokens) != before
+    with pytest.raises(UserError, match=rf"train\.init_sha256: .* null; set it to {digest}"):
+        check_params(params)
+    start_from(workspace, "other.txt", {"tokenize": "base.json", "train": "base.pt"})
+    for stage in ("download", "tokenize"):
+        run_main(*stage_line(stage))
+    key = run_key(read_params(params), workspace / "data" / "tokens")
+    changed = (workspace / "base.pt").read_bytes() + b" "
+    (workspace / "base.pt").write_bytes(changed)
+    new = hashlib.sha256(changed).hexdigest()
+    assert re.search(
+        rf"train\.init_from: .*{digest}.*-S train\.init_sha256={new}", run_main(*stage_line("train"), code=2)
+    )
+    start_from(workspace, "other.txt", {"tokenize": "base.json", "train": "base.pt"})
+    assert run_key(read_params(params), workspace / "data" / "tokens") != key
+    (workspace / "base.json").write_text("{}")
+    assert re.search(r"tokenize\.init_from: .*base\.json", run_main(*stage_line("tokenize"), code=2))
+    (workspace / "base.json").unlink()
+    assert re.search(r"tokenize\.init_from: .*base\.json", run_main(*stage_line("tokenize"), code=2))
     (workspace / "base.pt").unlink()
-    with pytest.raises(UserError, match=r"train\.init_from: .*base\.pt"):
-        run_key(params, tokens)
+    assert re.search(r"train\.init_from: .*base\.pt .*absolute path", run_main(*stage_line("train"), code=2))
 
 
 def test_an_init_checkpoint_of_another_architecture_or_tokenizer_is_refused(workspace: Path, run_main: RunMain) -> None:
@@ -78,11 +103,9 @@ def test_an_init_checkpoint_of_another_architecture_or_tokenizer_is_refused(work
     with pytest.raises(UserError, match=r"train\.init_from: .* tokenizer of base\.pt"):
         load_init_checkpoint(Path("base.pt"), base.model, CharTokenizer("\nabc"))
     (workspace / "accents.txt").write_text(made_up_text() + "Été", encoding="utf-8")
-    write(workspace, "accents.txt", tokenize__init_from="base.json")
+    start_from(workspace, "accents.txt", {"tokenize": "base.json"})
     run_main(*stage_line("download"))
     assert "'É', 'é'" in run_main(*stage_line("tokenize"), code=2)
-    write(workspace, "accents.txt", tokenize__init_from="none.json")
-    assert re.search(r"tokenize\.init_from: .*none\.json", run_main(*stage_line("tokenize"), code=2))
 
 
 # Overfitting.
@@ -131,7 +154,7 @@ def test_overfitting_is_reported_when_detected_and_at_the_end_also_after_a_resum
     assert "at step 80" in last_warning
     metrics = json.loads((tmp_path / "whole" / "train.json").read_text())
     table = pd.read_csv(tmp_path / "whole" / "history.csv", index_col="step")
-    assert metrics["train_loss"] == round(table.loc[metrics["best_step"], "train_loss"], 4)
+    assert metrics["train/loss_at_best_step"] == round(table.loc[metrics["val/best_step"], "train/loss"], 4)
     assert len(warnings_in((tmp_path / "whole" / "log").read_text())) == 2
 
     detected_at = int(re.findall(r"step (\d+)/", output.partition(warning)[0])[-1])
@@ -152,7 +175,7 @@ def test_copies_of_the_training_text_are_found_in_the_samples(tmp_path: Path) ->
         checkpoint=load_checkpoint(tmp_path / "model.pt"),
         data=load_tokens(tmp_path / "tokens"),
     )
-    assert found.metrics["longest_copy"] > 50
-    assert found.metrics["copied"] > 0.5
+    assert found.metrics["eval/longest_copy"] > 50
+    assert found.metrics["eval/copied"] > 0.5
     assert "'abcdefghij\\nabcdefghij" in found.summary[-1]
     assert "validation text: 100.0%" in found.summary[-1]

@@ -1,0 +1,103 @@
+"""The run folder of a model that was not trained in this workspace, built from `dvc.lock`.
+
+Such a model comes from DVC's run cache, `dvc pull`, `dvc exp apply` or `dvc checkout`. If it is trained here later,
+that training replaces what is written here, since both have the same run key.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from ruamel.yaml import YAML
+
+from gpt.core.errors import UserError
+from gpt.core.files import atomic_write, read_json, sha256_file
+from gpt.core.params import read_params
+from gpt.training.fingerprint import run_key
+from stages import run_record
+from stages.command_line import CommandLine
+from stages.provenance import SECTIONS, logged_params, provenance
+from stages.run_record import Record
+
+
+def restored_run(root: Path, sha256: str = "") -> Path | None:
+    """Create the run folder of the model that the `dvc.lock` of the current folder names.
+
+    Args:
+        sha256: only of this checkpoint, if it is given.
+
+    Returns:
+        The folder; None if there is one already, the workspace has another model, or `dvc status` finds a change.
+    """
+    with suppress(UserError, OSError, KeyError, TypeError, ValueError, StopIteration):  # there is no such pipeline
+        lock: dict[str, Any] = YAML(typ="safe", pure=True).load(Path("dvc.lock"))["stages"]
+        command = _command(lock, "train")
+        checkpoint = command.path("--checkpoint")
+        md5 = next(out["md5"] for out in lock["train"]["outs"] if Path(out["path"]) == checkpoint)
+        records = [run_record.read(run, "train") for run in run_record.runs(root)]
+        if any(record and record.checkpoint_md5 == md5 for record in records):
+            return None
+        found = sha256_file(checkpoint)
+        if found != (sha256 or found) or "train" not in (unchanged := _unchanged_stages()):
+            return None
+        run = root / ".runs" / run_key(read_params(command.path("--params")), command.path("--tokens"))
+        with run_record.lock(run, wait=False) as locked:
+            if locked:
+                _save_train(run, lock, md5, found)
+                for stage in unchanged:
+                    if stage != "train":
+                        _save(run, lock, stage, {"tags": {"checkpoint.sha256": found}})
+                return run
+    return None
+
+
+def _unchanged_stages() -> list[str]:
+    """The stages whose inputs and outputs are those in `dvc.lock`."""
+    command = [sys.executable, "-m", "dvc", "status", "--json", *SECTIONS]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    changed = json.loads(found.stdout)
+    return [stage for stage in SECTIONS if stage not in changed]
+
+
+def _save_train(run: Path, lock: dict[str, Any], md5: str, sha256: str) -> None:
+    """Write the record of the training, and its history from the tables without times."""
+    command, now = _command(lock, "train"), time.time()
+    points = [
+        {"step": row.pop("step"), "time": now, **row}
+        for option in ("--history", "--validation")
+        for row in pd.read_csv(command.path(option)).to_dict("records")
+    ]
+    with atomic_write(run / "history.jsonl") as file:
+        file.write("".join(f"{json.dumps(point)}\n" for point in points).encode())
+    tags = provenance()[1] | {"run.key": run.name, "checkpoint.sha256": sha256}
+    checkpoint = {"checkpoint": sha256, "checkpoint_md5": md5, "checkpoint_file": str(command.path("--checkpoint"))}
+    dataset = read_json(command.path("--tokens") / "meta.json")
+    params = logged_params(command, "train")
+    _save(run, lock, "train", {"tags": tags, "params": params, "dataset": dataset, **checkpoint})
+
+
+def _save(run: Path, lock: dict[str, Any], stage: str, results: dict[str, Any]) -> None:
+    """Write the record of a stage, with the metrics and the small artifacts among its outputs."""
+    command, now = _command(lock, stage), time.time()
+    outputs = {Path(out["path"]) for out in lock[stage]["outs"]} - {command.optional_path("--checkpoint")}
+    metrics = {
+        name: float(value) for path in outputs if path.suffix == ".json" for name, value in read_json(path).items()
+    }
+    params: dict[str, Path | str] = (
+        {"params.yaml": command.path("--params")}
+        if stage == "train"
+        else {f"params/{stage}.json": json.dumps(logged_params(command, stage), indent=2)}
+    )
+    about: dict[str, Any] = {"stage": stage, "name": provenance()[0], "restored": True, "metrics": metrics}
+    record = Record(**about, experiment=run_record.experiment_name(), began=now, ended=now, **results)
+    run_record.save(run, record, {**params, **{path.name: path for path in outputs}})
+
+
+def _command(lock: dict[str, Any], stage: str) -> CommandLine:
+    return CommandLine(shlex.split(lock[stage]["cmd"]))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from dvc.repo import Repo
-from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
 from gpt.core.errors import UserError
@@ -18,9 +17,11 @@ from gpt.core.files import read_json, sha256_file
 from gpt.core.params import read_params
 from stages import sync
 from stages.command_line import enter
-from stages.lineage.__main__ import main
-from stages.lineage.items import content_of
-from stages.run_record import Record, flatten, save
+from stages.lineage import main
+from stages.lineage_places import content_of
+from stages.publish import connect
+from stages.run_record import COMMIT, DIRTY, Record, flatten, save
+from stages.tracking.registry import Registry
 from tests.conftest import call_main
 from tests.support.common import FAST, STAGES, environment, free_port, only_line, run, stage_line, write_params
 from tests.support.project import CHECKPOINT, clone, dvc, runs
@@ -59,11 +60,9 @@ def finished(
         record_run(project / ".runs" / KEY)
         shutil.copyfile(empty_store, "mlflow.db")
         assert sync.main([]) == 0
-        client = MlflowClient(f"sqlite:///{project}/mlflow.db")
-        (tracked,) = runs(project)
-        client.create_registered_model("chargpt")
-        version = client.create_model_version("chargpt", tracked.info.artifact_uri or "", tracked.info.run_id)
-        client.set_registered_model_alias("chargpt", "champion", version.version)
+        registry = Registry(connect(project, "chargpt"))
+        version = registry.register(registry.model(runs(project)[0].info.run_id)).version
+        registry.client.set_registered_model_alias("chargpt", "champion", version)
     return project
 
 
@@ -89,7 +88,7 @@ def record_run(folder: Path) -> None:
         "checkpoint_file": CHECKPOINT,
     }
     commit = run(["git", "rev-parse", "HEAD"], Path.cwd()).stdout.strip()
-    tags = {"run.key": KEY, "checkpoint.sha256": checkpoint.sha256, "git.commit": commit, "git.changed": "gpt/api.py"}
+    tags = {"run.key": KEY, "checkpoint.sha256": checkpoint.sha256, COMMIT: commit, DIRTY: "gpt/api.py"}
     params = flatten(read_params(Path("params.yaml")), ("download", "tokenize", "model", "train"))
     params["download.sources"] = params["download.sources"].replace("user:secret@", "")
     about: dict[str, Any] = {"tags": tags, "params": params, "dataset": read_json(Path(TOKENS, "meta.json"))}
@@ -122,13 +121,13 @@ def trace(capsys: pytest.CaptureFixture[str]) -> Trace:
 
 def parsed(output: str) -> Chain:
     """The items of a chain in JSON by kind."""
-    top = json.loads(output)
+    item = top = json.loads(output)
     found: Chain = {"problems": {"all": top["all_problems"]}}
     pending = [top]
     while pending:
         item = pending.pop(0)
         found[item["kind"]] = item
-        pending += item.get("origins", [])
+        pending += item["origins"]
     return found
 
 
@@ -144,9 +143,9 @@ def test_a_text_leads_to_its_source_with_every_hash_and_place(project: Path, tra
     assert {kind: chain[kind]["sha256"] for kind in files} == {k: sha256_file(Path(v)) for k, v in files.items()}
     assert chain["tokens"]["files"] == {path.name: sha256_file(path) for path in Path(TOKENS).iterdir()}
     expected = {
-        "text": {"workspace", "DVC cache", "run folder", "MLflow"},
+        "text": {"workspace", "DVC cache", "MLflow"},
         "checkpoint": {"workspace", "DVC cache", "MLflow"},
-        "params": {"workspace", "git", "run folder", "MLflow"},
+        "params": {"workspace", "git", "MLflow"},
         "tokens": {"workspace", "DVC cache"},
         "corpus": {"workspace", "DVC cache"},
     }
@@ -173,7 +172,7 @@ def test_all_ways_lead_to_the_same_checkpoint(project: Path, trace: Trace, tmp_p
     assert chain["corpus"]["sha256"] == sha256_file(Path(CORPUS))
     assert where(chain["checkpoint"])["MLflow"] == "present"
     if subject.endswith("renamed.pt"):
-        assert chain["checkpoint"]["places"][0] == {"where": "file", "address": subject, "state": "present"}
+        assert chain["checkpoint"]["places"][0] == {"where": "file", "address": subject, "state": "verified", "note": ""}
 
 
 @pytest.mark.parametrize("subject", [TOKENS, CORPUS])
@@ -228,7 +227,7 @@ def test_verify_names_what_differs_and_what_is_missing(damaged: list[str], trace
     assert "tokens data/tokens: workspace" in problems[1]
     assert "train.bin" in problems[1]
     assert "val.bin" in problems[2]
-    assert trace(TEXT)["problems"]["all"] == problems  # without --verify, they are shown as well
+    assert trace(TEXT)["problems"]["all"] == problems[:2]  # without --verify, those that need not be searched for
 
 
 def test_a_byte_that_differs_in_the_cache_is_found_by_verify_only(project: Path, trace: Trace) -> None:
@@ -278,19 +277,14 @@ def test_a_changed_output_is_not_taken_for_the_recorded_one(project: Path, trace
             path.write_bytes(kept)
 
 
-def test_without_store_run_folder_and_dvc_a_checkpoint_names_its_corpus(
-    project: Path, tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_elsewhere_nothing_is_known_and_no_store_is_created(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(CHECKPOINT, tmp_path / "found.pt")
-    sha256 = sha256_file(Path(CORPUS))
+    path = shutil.copy(CHECKPOINT, tmp_path)
     monkeypatch.chdir(tmp_path)
-    chain = trace("found.pt")
-    assert chain["corpus"]["sha256"] == sha256
-    assert chain["run"]["problems"]
-    assert main(["found.pt"]) == 0
-    assert "MLflow was not searched: there is no store" in capsys.readouterr().out
-    with pytest.raises(UserError, match="expected an MLflow store"):
-        main(["models:/chargpt@champion"])
+    for subject in (path, "models:/chargpt@champion"):
+        with pytest.raises(UserError, match="expected"):
+            main([str(subject)])
     assert not (tmp_path / "mlflow.db").exists()
 
 

@@ -1,0 +1,228 @@
+"""The items of a lineage, and where each one is now: every copy is found and compared by its hashes."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from gpt.core.errors import UserError
+from stages.run_record import dvc_cache, flatten, read, runs
+
+if TYPE_CHECKING:
+    from stages.tracking.lookup import Lookup
+
+PRESENT = "present"  # recorded there under its hash, and not read
+VERIFIED = "verified"  # read, and its hashes are the expected ones
+MISSING, DIFFERENT, NOT_FETCHED = "missing", "different", "not fetched"
+LOCK, PARAMS = "dvc.lock", "params.yaml"
+Fetch = Callable[[str], Path]
+Output = tuple[str, str]  # path and MD5, both empty if there is none
+
+
+class Lock:
+    """A dvc.lock: the outputs of each stage, and the outputs of other stages that they were made of."""
+
+    def __init__(self, text: str) -> None:
+        """Read the text, which may be empty.
+
+        Raises:
+            UserError: it is not valid.
+        """
+        try:
+            self._stages: dict[str, Any] = (YAML(typ="safe", pure=True).load(text) or {}).get("stages", {})
+        except (YAMLError, AttributeError):
+            raise UserError(f"{LOCK}: expected valid YAML, found other text; run python -m stages.repair") from None
+        self.outputs = {out: stage for stage in self._stages for out in self._entries(stage, "outs")}
+        trained = [out for out in self._entries("train", "outs") if out[0].endswith(".pt")]
+        self.checkpoint: Output = trained[0] if trained else ("", "")
+        sections = self._stages.get("download", {}).get("params", {}).get(PARAMS, {})
+        self.download = flatten(sections, ["download"])  # params of the stage
+
+    def read_by(self, stage: str, writer: str) -> Output:
+        """The output of the stage `writer` that a stage read."""
+        written = {path for path, _ in self._entries(writer, "outs")}
+        return next((dep for dep in self._entries(stage, "deps") if dep[0] in written), ("", ""))
+
+    def _entries(self, stage: str, kind: str) -> list[Output]:
+        entries = self._stages.get(stage, {}).get(kind, [])
+        return [(entry["path"], entry["md5"]) for entry in entries if "md5" in entry]
+
+
+@dataclass(frozen=True)
+class Content:
+    """The hashes of a file or a folder."""
+
+    sha256: str  # empty for a folder
+    md5: str  # as in dvc.lock: that of a folder is of its listing, followed by `.dir`
+    files: Mapping[str, "Content"] = field(default_factory=dict)  # of a folder, by relative path
+
+
+@dataclass
+class Place:
+    """Where an item is, or should be."""
+
+    where: str
+    address: str
+    state: str = PRESENT
+    note: str = ""  # what differs
+
+
+@dataclass
+class Item:
+    """One link of a chain, and the items that it was made of."""
+
+    kind: str
+    name: str
+    sha256: str = ""  # empty if it is unknown, or of a folder
+    md5: str = ""
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of the files of a folder
+    details: dict[str, str] = field(default_factory=dict)
+    places: list[Place] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # other than those of places
+    origins: list["Item"] = field(default_factory=list)
+
+    def learn(self, found: Content | None) -> bool:
+        """Complete the hashes from a content that agrees with the known ones; returns whether it does."""
+        pairs = [(self.sha256, found.sha256), (self.md5, found.md5)] if found else []
+        known = [expected == value for expected, value in pairs if expected]
+        if found and known and all(known):
+            self.sha256, self.md5 = self.sha256 or found.sha256, self.md5 or found.md5
+            self.files = self.files or {name: file.sha256 for name, file in found.files.items()}
+        return bool(known) and all(known)
+
+    def compare(self, place: Place, found: Content | None, listed: Mapping[str, str] = {}) -> None:
+        """Set the state of a place from what was read there; `listed` is the MD5 of each file of a folder."""
+        place.state = VERIFIED if self.learn(found) else DIFFERENT if found else MISSING
+        if place.state != VERIFIED:
+            got = {name: file.md5 for name, file in found.files.items()} if found else {}
+            place.note = ", ".join(name for name in sorted({*got, *listed}) if got.get(name) != listed.get(name))
+
+    def walk(self) -> Iterator["Item"]:
+        """This item and all items that it was made of."""
+        yield self
+        for origin in self.origins:
+            yield from origin.walk()
+
+    def all_problems(self) -> Iterator[str]:
+        """What does not match or is missing here, one line each."""
+        wrong = [place for place in self.places if place.state in (MISSING, DIFFERENT)]
+        found = [": ".join(filter(None, (f"{p.where} {p.address}", p.state, p.note))) for p in wrong]
+        yield from (f"{self.kind} {self.name}: {problem}" for problem in [*self.problems, *found])
+
+
+class Project:
+    """What a workspace, DVC and a tracking store have."""
+
+    def __init__(self, root: Path, tracking: "Lookup | None", *, verify: bool) -> None:
+        """Read dvc.lock and the records of trainings; `verify`: read what is stored under its hash."""
+        self.root, self.tracking, self._verify = root, tracking, verify
+        self.lock = Lock((root / LOCK).read_text(encoding="utf-8") if (root / LOCK).is_file() else "")
+        self.runs = {run: record for run in runs(root) if (record := read(run, "train"))}
+        self._cache = dvc_cache(root) or root / ".dvc" / "cache"
+        self._remotes = [line.split()[0] for line in self._dvc("remote", "list").splitlines()]
+
+    def locate(self, item: Item, path: str, copies: Mapping[str, str], commit: str = "HEAD") -> None:
+        """Add all places of an item.
+
+        Args:
+            path: in the workspace and in git, which are always read: a path says nothing about a content.
+            copies: SHA-256 of what MLflow has, by address.
+            commit: of git.
+        """
+        found = content_of(self.root / path) if path else None
+        is_recorded = (path, item.md5) in self.lock.outputs
+        listed = _listing(self._cache / _object(item.md5))
+        if is_recorded or item.learn(found):
+            item.places.append(place := Place("workspace", path))
+            item.compare(place, found, listed)
+        with TemporaryDirectory() as folder:
+            for place, is_there, fetch in self._stores(item, copies, Path(folder)):
+                if is_there or (is_recorded and place.where == "DVC cache" and self._is_lost(path)):
+                    item.places.append(place)
+                    if self._verify or not is_there:
+                        item.compare(place, _stored(fetch(item.md5), fetch), listed)
+        if path and hashlib.sha256(self.git("show", f"{commit}:./{path}")).hexdigest() == item.sha256:
+            item.places.append(Place("git", f"{commit[:12]}:{path}", VERIFIED))
+        if not item.places:
+            item.problems.append("found in none of the places that were searched")
+
+    def git(self, *arguments: str) -> bytes:
+        """The output of git in the workspace; empty if it fails."""
+        return subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, check=False).stdout
+
+    def _stores(self, item: Item, copies: Mapping[str, str], folder: Path) -> Iterator[tuple[Place, bool, Fetch]]:
+        """Where an item may be stored, whether it is there, and a function that fetches any content from there."""
+        cached = self._cache / _object(item.md5)
+        name = cached.relative_to(self.root) if cached.is_relative_to(self.root) else cached
+        if item.md5:
+            yield Place("DVC cache", str(name)), cached.exists(), lambda md5: self._cache / _object(md5)
+        for remote in self._remotes if item.md5 else ():
+            place = Place("DVC remote", f"remote://{remote}/{_object(item.md5)}")
+            yield place, bool(self._dvc("list-url", place.address)), partial(self._fetch, remote, folder)
+        for address, sha256 in copies.items() if self.tracking else ():
+            if sha256 == item.sha256:
+                yield Place("MLflow", address), True, partial(self.tracking.download, address, folder)
+
+    def _fetch(self, remote: str, folder: Path, md5: str) -> Path:
+        file = folder / f"{remote}-{md5}"
+        self._dvc("get-url", f"remote://{remote}/{_object(md5)}", str(file))
+        return file
+
+    def _is_lost(self, path: str) -> bool:
+        """Whether DVC's cache should have an output, and has not."""
+        lost = json.loads(self._dvc("data", "status", "--json") or "{}").get("not_in_cache", [])
+        return path in [name.rstrip("/") for name in lost]
+
+    def _dvc(self, *arguments: str) -> str:
+        """The output of dvc; empty if it fails."""
+        command = [sys.executable, "-m", "dvc", *arguments]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
+        return "" if done.returncode else done.stdout
+
+
+def content_of(path: Path) -> Content | None:
+    """The hashes of a file or folder; None if there is none."""
+    if path.is_dir():
+        return _folder({file.relative_to(path).as_posix(): file for file in path.rglob("*")})
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        return Content(sha256, hashlib.file_digest(file, "md5").hexdigest())
+
+
+def _stored(file: Path, fetch: Fetch) -> Content | None:
+    """The content of a file, or of the folder, as far as its files are there, whose listing it is."""
+    listed = _listing(file)
+    return _folder({name: fetch(part) for name, part in listed.items()}) if listed else content_of(file)
+
+
+def _listing(file: Path) -> dict[str, str]:
+    """The MD5 of a folder's files by relative path, from DVC's listing; empty if this is none, or damaged."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".dir" else []
+        return {entry["relpath"]: entry["md5"] for entry in entries if entry["md5"].isalnum()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _folder(paths: Mapping[str, Path]) -> Content:
+    """The hashes of a folder of those files that are there."""
+    files = {name: found for name, path in sorted(paths.items()) if path.is_file() and (found := content_of(path))}
+    listed = json.dumps([{"md5": found.md5, "relpath": name} for name, found in files.items()])  # as DVC writes it
+    return Content("", hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest() + ".dir", files)
+
+
+def _object(md5: str) -> str:
+    """The path of a content in DVC's cache and remotes."""
+    return f"files/md5/{md5[:2]}/{md5[2:]}"

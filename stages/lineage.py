@@ -26,11 +26,7 @@ KINDS = {".txt": "text", ".json": "metrics"}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the chain; returns 1 if `--verify` found a problem.
-
-    Raises:
-        UserError: nothing is known about the given file, run or model.
-    """
+    """Print the chain; returns 1 if `--verify` found a problem. UserError: nothing is known about the subject."""
     parser = Parser("python -m stages.lineage", description=__doc__, allow_abbrev=False)
     parser.add_argument("subject", metavar="FILE|RUN|MODEL")
     parser.add_argument("--verify", action="store_true", help="read and compare every copy; exit 1 if one is wrong")
@@ -40,12 +36,11 @@ def main(arguments: Sequence[str]) -> int:
     problems = [problem for each in item.walk() for problem in each.all_problems()]
     if options.json:
         print(json.dumps({**asdict(item), "mlflow": absent or "available", "all_problems": problems}, indent=2))
-        return int(options.verify and bool(problems))
-    print("\n".join(_tree(item, "", "")), *([f"MLflow was not searched: {absent}"] if absent else []), sep="\n\n")
-    if options.verify:
+    else:
         verified = sum(place.state == VERIFIED for each in item.walk() for place in each.places)
-        print(f"\n{verified} copies verified, {len(problems)} problem(s)")
-        print("".join(f"  {_escaped(problem)}\n" for problem in problems), end="")
+        result = [f"{verified} copies verified, {len(problems)} problem(s)", *map(_escaped, problems)]
+        note = [f"MLflow was not searched: {absent}"] if absent else []
+        print(*_tree(item, "", ""), *["", *note, *(result if options.verify else [])], sep="\n")
     return int(options.verify and bool(problems))
 
 
@@ -72,12 +67,8 @@ def _trace(project: Project, subject: str) -> Item:
     for run in project.runs:
         if run.name.startswith(subject) and len(subject) >= SHORTEST_KEY:
             return Chain(project, "", "", run).trace()
-    if project.tracking and subject.startswith("models:/"):
-        found = project.tracking.run_of_model(subject)
-        origin = Chain(project, found.record.checkpoint, "", tracked=found).trace()
-        return Item("model", subject, places=[Place("MLflow", subject)], origins=[origin])
-    if project.tracking and re.fullmatch("[0-9a-f]{32}", subject):
-        found = project.tracking.run(subject)
+    if project.tracking and re.fullmatch("models:/.+|[0-9a-f]{32}", subject):
+        found = project.tracking.run_of(subject)
         return Chain(project, found.record.checkpoint, "", tracked=found).trace()
     expected = "expected a file, a run's key or, with an MLflow store, a run's ID or models:/NAME@ALIAS"
     raise UserError(f"{subject}: {expected}, found none of that name; correct it or set MLFLOW_TRACKING_URI")
@@ -106,11 +97,7 @@ def _trace_file(project: Project, path: Path, content: Content) -> Item:
 
 
 def _chain_of(project: Project, path: Path, content: Content, stage: str) -> tuple[Chain, str]:
-    """The chain of the checkpoint that a file belongs to, and the SHA-256 of the corpus that the file names, if any.
-
-    Raises:
-        UserError: nothing is known about the content.
-    """
+    """The chain of the checkpoint that a file belongs to, and the SHA-256 of the corpus that the file names, if any."""
     header = HEADER.match(path.read_bytes()[:200]) if path.is_file() else None
     if header:
         return Chain(project, header[1].decode(), ""), header[2].decode()

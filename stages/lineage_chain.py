@@ -5,29 +5,20 @@ import re
 import shlex
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt.core.errors import without_secrets
 from gpt.core.files import read_json, sha256_file
 from gpt.download.sources import LOCAL
-from stages.lineage_places import (
-    LOCK,
-    MISSING,
-    NOT_FETCHED,
-    PARAMS,
-    VERIFIED,
-    Item,
-    Lock,
-    Output,
-    Place,
-    Project,
-    content_of,
-)
+from stages.lineage_places import LOCK, MISSING, NOT_FETCHED, VERIFIED, Item, Lock, Output, Place, Project, content_of
 from stages.run_record import COMMIT, DIRTY, STAGES, artifacts
 
 if TYPE_CHECKING:
     from stages.tracking.lookup import FoundRun
+
+PARAMS = "params.yaml"
 
 
 class Chain:
@@ -49,7 +40,9 @@ class Chain:
         if project.tracking and item.sha256:
             tracked = tracked or project.tracking.find(item.sha256)
         self._tracked, self._record = tracked, self._record or (tracked.record if tracked else None)
-        self._tags, self._files = self._record.tags if self._record else {}, saved(self._folder)
+        self._tags = self._record.tags if self._record else {}
+        self._copies = {**saved(self._folder), **(tracked.copies if tracked else {})}
+        self.locate = partial(project.locate, copies=self._copies)
         self._commit = commit if re.fullmatch("[0-9a-f]{7,64}", commit := self._tags.get(COMMIT, "")) else "unknown"
         kept = dict(artifacts(self._folder, "lock")).get(LOCK) if self._folder else None
         stored = Lock(tracked.lock if tracked else "")
@@ -57,10 +50,6 @@ class Chain:
         item.md5 = item.md5 or stored.checkpoint[1]
         self._lock = next((lock for lock in locks if item.md5 and lock.checkpoint[1] == item.md5), Lock(""))
         item.name = self._lock.checkpoint[0] or (self._record.checkpoint_file if self._record else "") or "unknown"
-
-    def locate(self, item: Item, path: str, commit: str = "HEAD") -> None:
-        """Add all places of an item."""
-        self._project.locate(item, path, self._tracked.copies if self._tracked else {}, commit)
 
     def trace(self, corpus: str = "") -> Item:
         """The checkpoint with its origins, or the run without one; `corpus` is the SHA-256 that a text names."""
@@ -87,12 +76,11 @@ class Chain:
 
     def _params(self) -> Item:
         """The params file, and its overrides."""
-        copies = self._tracked.copies if self._tracked else {}
-        names = {address.rpartition("/")[2]: sha256 for address, sha256 in copies.items()}
-        item = Item("params", PARAMS, self._files.get(PARAMS) or names.get(PARAMS, ""))
+        names = {address.rpartition("/")[2]: sha256 for address, sha256 in self._copies.items()}
+        item = Item("params", PARAMS, names.get(PARAMS, ""))
         changes = self._record.changes if self._record else []
         item.details["overrides"] = " ".join(f"-S {shlex.quote(change)}" for change in changes)
-        self.locate(item, PARAMS, self._commit)
+        self.locate(item, PARAMS)
         return item
 
     def _code(self) -> Item:
@@ -141,5 +129,6 @@ class Chain:
 
 
 def saved(run: Path | None) -> dict[str, str]:
-    """SHA-256 of the small artifacts in a run folder by name."""
-    return {name: sha256_file(path) for stage in STAGES for name, path in (artifacts(run, stage) if run else ())}
+    """SHA-256 of the small artifacts in a run folder by path in the workspace."""
+    files = [path for stage in STAGES for _, path in (artifacts(run, stage) if run else ())]
+    return {path.relative_to(run.parents[1]).as_posix(): sha256_file(path) for path in files if run}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from os.path import relpath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from gpt.core.errors import UserError
-from stages.run_record import dvc_cache, flatten, read, runs
+from gpt.core.files import sha256_file
+from stages.run_record import dvc_cache, flatten, md5_file, read, runs
 
 if TYPE_CHECKING:
     from stages.tracking.lookup import Lookup
@@ -23,38 +25,32 @@ if TYPE_CHECKING:
 PRESENT = "present"  # recorded there under its hash, and not read
 VERIFIED = "verified"  # read, and its hashes are the expected ones
 MISSING, DIFFERENT, NOT_FETCHED = "missing", "different", "not fetched"
-LOCK, PARAMS = "dvc.lock", "params.yaml"
+LOCK = "dvc.lock"
 Fetch = Callable[[str], Path]
 Output = tuple[str, str]  # path and MD5, both empty if there is none
 
 
 class Lock:
-    """A dvc.lock: the outputs of each stage, and the outputs of other stages that they were made of."""
+    """The outputs of each stage in a dvc.lock, and the outputs of other stages that they were made of."""
 
     def __init__(self, text: str) -> None:
-        """Read the text, which may be empty.
-
-        Raises:
-            UserError: it is not valid.
-        """
+        """Read the text, which may be empty; UserError if it is not valid."""
         try:
-            self._stages: dict[str, Any] = (YAML(typ="safe", pure=True).load(text) or {}).get("stages", {})
+            stages: dict[str, Any] = (YAML(typ="safe", pure=True).load(text) or {}).get("stages", {})
         except (YAMLError, AttributeError):
             raise UserError(f"{LOCK}: expected valid YAML, found other text; run python -m stages.repair") from None
-        self.outputs = {out: stage for stage in self._stages for out in self._entries(stage, "outs")}
-        trained = [out for out in self._entries("train", "outs") if out[0].endswith(".pt")]
+        files = [(stage, kind, e) for stage in stages for kind in ("outs", "deps") for e in stages[stage].get(kind, [])]
+        found = [(stage, kind, (entry["path"], entry["md5"])) for stage, kind, entry in files if "md5" in entry]
+        self.outputs = {out: stage for stage, kind, out in found if kind == "outs"}
+        self._inputs = [(stage, dep) for stage, kind, dep in found if kind == "deps"]
+        trained = [out for out, stage in self.outputs.items() if stage == "train" and out[0].endswith(".pt")]
         self.checkpoint: Output = trained[0] if trained else ("", "")
-        sections = self._stages.get("download", {}).get("params", {}).get(PARAMS, {})
-        self.download = flatten(sections, ["download"])  # params of the stage
+        self.download = flatten(stages.get("download", {}).get("params", {}).get("params.yaml", {}), ["download"])
 
     def read_by(self, stage: str, writer: str) -> Output:
         """The output of the stage `writer` that a stage read."""
-        written = {path for path, _ in self._entries(writer, "outs")}
-        return next((dep for dep in self._entries(stage, "deps") if dep[0] in written), ("", ""))
-
-    def _entries(self, stage: str, kind: str) -> list[Output]:
-        entries = self._stages.get(stage, {}).get(kind, [])
-        return [(entry["path"], entry["md5"]) for entry in entries if "md5" in entry]
+        written = {path for (path, _), by in self.outputs.items() if by == writer}
+        return next((dep for by, dep in self._inputs if by == stage and dep[0] in written), ("", ""))
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,11 @@ class Item:
 
     def learn(self, found: Content | None) -> bool:
         """Complete the hashes from a content that agrees with the known ones; returns whether it does."""
-        pairs = [(self.sha256, found.sha256), (self.md5, found.md5)] if found else []
-        known = [expected == value for expected, value in pairs if expected]
-        if found and known and all(known):
-            self.sha256, self.md5 = self.sha256 or found.sha256, self.md5 or found.md5
-            self.files = self.files or {name: file.sha256 for name, file in found.files.items()}
-        return bool(known) and all(known)
+        if not found or {e == v for e, v in ((self.sha256, found.sha256), (self.md5, found.md5)) if e} != {True}:
+            return False
+        self.sha256, self.md5 = self.sha256 or found.sha256, self.md5 or found.md5
+        self.files = self.files or {name: file.sha256 for name, file in found.files.items()}
+        return True
 
     def compare(self, place: Place, found: Content | None, listed: Mapping[str, str] = {}) -> None:
         """Set the state of a place from what was read there; `listed` is the MD5 of each file of a folder."""
@@ -112,11 +107,11 @@ class Item:
         for origin in self.origins:
             yield from origin.walk()
 
-    def all_problems(self) -> Iterator[str]:
+    def all_problems(self) -> list[str]:
         """What does not match or is missing here, one line each."""
         wrong = [place for place in self.places if place.state in (MISSING, DIFFERENT)]
         found = [": ".join(filter(None, (f"{p.where} {p.address}", p.state, p.note))) for p in wrong]
-        yield from (f"{self.kind} {self.name}: {problem}" for problem in [*self.problems, *found])
+        return [f"{self.kind} {self.name}: {problem}" for problem in [*self.problems, *found]]
 
 
 class Project:
@@ -130,28 +125,20 @@ class Project:
         self._cache = dvc_cache(root) or root / ".dvc" / "cache"
         self._remotes = [line.split()[0] for line in self._dvc("remote", "list").splitlines()]
 
-    def locate(self, item: Item, path: str, copies: Mapping[str, str], commit: str = "HEAD") -> None:
-        """Add all places of an item.
-
-        Args:
-            path: in the workspace and in git, which are always read: a path says nothing about a content.
-            copies: SHA-256 of what MLflow has, by address.
-            commit: of git.
-        """
+    def locate(self, item: Item, path: str, copies: Mapping[str, str]) -> None:
+        """Add all places of an item; `path` is that in the workspace, `copies` are what MLflow and the run folder have."""
         found = content_of(self.root / path) if path else None
-        is_recorded = (path, item.md5) in self.lock.outputs
-        listed = _listing(self._cache / _object(item.md5))
+        is_recorded, listed = (path, item.md5) in self.lock.outputs, _listing(self._cached(item.md5))
         if is_recorded or item.learn(found):
             item.places.append(place := Place("workspace", path))
             item.compare(place, found, listed)
         with TemporaryDirectory() as folder:
             for place, is_there, fetch in self._stores(item, copies, Path(folder)):
-                if is_there or (is_recorded and place.where == "DVC cache" and self._is_lost(path)):
+                # Files with `cache: false` are not ignored by git.
+                if is_there or (is_recorded and place.where == "DVC cache" and self.git("check-ignore", path)):
                     item.places.append(place)
                     if self._verify or not is_there:
                         item.compare(place, _stored(fetch(item.md5), fetch), listed)
-        if path and hashlib.sha256(self.git("show", f"{commit}:./{path}")).hexdigest() == item.sha256:
-            item.places.append(Place("git", f"{commit[:12]}:{path}", VERIFIED))
         if not item.places:
             item.problems.append("found in none of the places that were searched")
 
@@ -161,26 +148,24 @@ class Project:
 
     def _stores(self, item: Item, copies: Mapping[str, str], folder: Path) -> Iterator[tuple[Place, bool, Fetch]]:
         """Where an item may be stored, whether it is there, and a function that fetches any content from there."""
-        cached = self._cache / _object(item.md5)
-        name = cached.relative_to(self.root) if cached.is_relative_to(self.root) else cached
+        cached = self._cached(item.md5)
         if item.md5:
-            yield Place("DVC cache", str(name)), cached.exists(), lambda md5: self._cache / _object(md5)
+            yield Place("DVC cache", relpath(cached, self.root)), cached.exists(), self._cached
         for remote in self._remotes if item.md5 else ():
             place = Place("DVC remote", f"remote://{remote}/{_object(item.md5)}")
             yield place, bool(self._dvc("list-url", place.address)), partial(self._fetch, remote, folder)
-        for address, sha256 in copies.items() if self.tracking else ():
-            if sha256 == item.sha256:
+        for address in (address for address, sha256 in copies.items() if sha256 == item.sha256 != ""):
+            if address.startswith(".runs/"):
+                yield Place("run folder", address), True, lambda _, address=address: self.root / address
+            elif self.tracking:
                 yield Place("MLflow", address), True, partial(self.tracking.download, address, folder)
 
-    def _fetch(self, remote: str, folder: Path, md5: str) -> Path:
-        file = folder / f"{remote}-{md5}"
-        self._dvc("get-url", f"remote://{remote}/{_object(md5)}", str(file))
-        return file
+    def _cached(self, md5: str) -> Path:
+        return self._cache / _object(md5)
 
-    def _is_lost(self, path: str) -> bool:
-        """Whether DVC's cache should have an output, and has not."""
-        lost = json.loads(self._dvc("data", "status", "--json") or "{}").get("not_in_cache", [])
-        return path in [name.rstrip("/") for name in lost]
+    def _fetch(self, remote: str, folder: Path, md5: str) -> Path:
+        self._dvc("get-url", f"remote://{remote}/{_object(md5)}", f"{folder}/{remote}-{md5}")
+        return folder / f"{remote}-{md5}"
 
     def _dvc(self, *arguments: str) -> str:
         """The output of dvc; empty if it fails."""
@@ -193,12 +178,7 @@ def content_of(path: Path) -> Content | None:
     """The hashes of a file or folder; None if there is none."""
     if path.is_dir():
         return _folder({file.relative_to(path).as_posix(): file for file in path.rglob("*")})
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0)
-        return Content(sha256, hashlib.file_digest(file, "md5").hexdigest())
+    return Content(sha256_file(path), md5_file(path)) if path.is_file() else None
 
 
 def _stored(file: Path, fetch: Fetch) -> Content | None:

@@ -1,6 +1,7 @@
 """What MLflow knows of a trained model: its record, the dvc.lock, and where its files are, by SHA-256."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from mlflow.artifacts import download_artifacts, load_text
 from mlflow.exceptions import MlflowException
 
 from gpt.core.errors import UserError
-from stages.run_record import STAGES, Record
+from stages.run_record import Record
 from stages.tracking.logged_model import models_of
 from stages.tracking.registry import CHECKPOINT, REGISTERED, Registry
 from stages.tracking.store import Store
@@ -33,48 +34,41 @@ class Lookup:
 
     def find(self, sha256: str) -> FoundRun | None:
         """The newest run, in any experiment, with this checkpoint."""
-        try:
+        with suppress(UserError):
             return self.run(self._registry.find({CHECKPOINT: sha256}, "no such run").run_id)
-        except UserError:
-            return None
+        return None
 
-    def run_of_model(self, address: str) -> FoundRun:
-        """The run of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`.
-
-        Raises:
-            UserError: there is none.
-        """
-        name, alias = address.removeprefix("models:/").partition("@")[::2]
+    def run_of(self, subject: str) -> FoundRun:
+        """The run with an ID, or of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`; or UserError."""
+        name, alias = subject.removeprefix("models:/").partition("@")[::2]
         name, version = name.partition("/")[::2]
         try:
             if alias:
                 return self.run(self._client.get_model_version_by_alias(name, alias).run_id or "")
             if version:
                 return self.run(self._client.get_model_version(name, version).run_id or "")
-            return self.run(self._client.get_logged_model(name).source_run_id or "")
+            is_model = subject.startswith("models:/")
+            return self.run(self._client.get_logged_model(name).source_run_id or "" if is_model else subject)
         except MlflowException as error:
-            raise UserError(f"{address}: expected a model with a run, found: {error}; make ui lists them") from error
+            raise UserError(f"{subject}: expected a model with a run, found: {error}; make ui lists them") from error
 
     def run(self, run_id: str) -> FoundRun:
-        """A run by its ID.
-
-        Raises:
-            UserError: there is no such run, or it was deleted.
-        """
+        """A run by its ID; UserError if there is none, or it was deleted."""
         version, run, base = self._registry.model(run_id).version, self._client.get_run(run_id), f"runs:/{run_id}"
         info, tags, datasets = run.info, run.data.tags, run.inputs.dataset_inputs if run.inputs else []
         about = {"name": info.run_name, "status": info.status, "params": run.data.params, "tags": tags}
         about |= {"dataset": json.loads(datasets[0].dataset.profile or "{}") if datasets else {}}
         about |= {"began": info.start_time / 1000, "ended": 0, "checkpoint": tags.get(CHECKPOINT, "")}
         aliases = ", ".join(alias for alias, aliased in self._registry.aliases().items() if aliased == version)
-        lines = "".join(_text(f"{base}/checksums/{stage}.sha256") for stage in STAGES).splitlines()
+        names = [file.path for folder in (None, "checksums") for file in self._client.list_artifacts(run_id, folder)]
+        texts = {name: str(load_text(f"{base}/{name}")) for name in names if name.endswith((".sha256", ".lock"))}
+        lines = "".join(text for name, text in texts.items() if name.endswith(".sha256")).splitlines()
         copies = {f"{base}/{name}": sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
-        names = [file.path for file in self._client.list_artifacts(run_id) if file.path.endswith(".pt")]
-        copies |= {f"{base}/{name}": tags.get(CHECKPOINT, "") for name in names}
+        copies |= {f"{base}/{name}": tags.get(CHECKPOINT, "") for name in names if name.endswith(".pt")}
         copies |= {model.model_uri: model.tags.get(CHECKPOINT, "") for model in models_of(self._client, run)}
         registered = f"{REGISTERED} version {version} {f'({aliases})' if aliases else ''}" if version else ""
         record = Record.model_validate({"stage": "train", **about})
-        return FoundRun(run_id, record, registered, _text(f"{base}/dvc.lock"), copies)
+        return FoundRun(run_id, record, registered, texts.get("dvc.lock", ""), copies)
 
     def download(self, address: str, folder: Path, _md5: str) -> Path:
         """Download an artifact, or the checkpoint of a model; the returned path does not exist if that fails."""
@@ -83,11 +77,3 @@ class Lookup:
         except (MlflowException, OSError):
             return folder / "missing"
         return next(found.rglob("*.pt"), found)
-
-
-def _text(address: str) -> str:
-    """The text of an artifact; empty if it cannot be read."""
-    try:
-        return str(load_text(address))
-    except (MlflowException, OSError):
-        return ""

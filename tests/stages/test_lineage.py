@@ -143,9 +143,9 @@ def test_a_text_leads_to_its_source_with_every_hash_and_place(project: Path, tra
     assert {kind: chain[kind]["sha256"] for kind in files} == {k: sha256_file(Path(v)) for k, v in files.items()}
     assert chain["tokens"]["files"] == {path.name: sha256_file(path) for path in Path(TOKENS).iterdir()}
     expected = {
-        "text": {"workspace", "DVC cache", "MLflow"},
+        "text": {"workspace", "DVC cache", "run folder", "MLflow"},
         "checkpoint": {"workspace", "DVC cache", "MLflow"},
-        "params": {"workspace", "git", "MLflow"},
+        "params": {"workspace", "run folder", "MLflow"},
         "tokens": {"workspace", "DVC cache"},
         "corpus": {"workspace", "DVC cache"},
     }

@@ -6,7 +6,6 @@ Exit codes: 0, 1 if --verify found a problem, 2 user error.
 
 import json
 import re
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from os.path import relpath
@@ -22,7 +21,6 @@ from stages.run_record import experiment_name, main_workspace
 
 HEADER = re.compile(rb"checkpoint SHA-256 ([0-9a-f]{64})\ncorpus     SHA-256 ([0-9a-f]{64})\n")  # of a generated text
 SHORTEST_KEY = 6  # digits of a run key
-KINDS = {".txt": "text", ".json": "metrics"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,9 +36,9 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps({**asdict(item), "mlflow": absent or "available", "all_problems": problems}, indent=2))
     else:
         verified = sum(place.state == VERIFIED for each in item.walk() for place in each.places)
-        result = [f"{verified} copies verified, {len(problems)} problem(s)", *map(_escaped, problems)]
-        note = [f"MLflow was not searched: {absent}"] if absent else []
-        print(*_tree(item, "", ""), *["", *note, *(result if options.verify else [])], sep="\n")
+        result = [f"{verified} copies verified, {len(problems)} problem(s)", *problems] if options.verify else []
+        lines = [*_tree(item, "", ""), "", *([f"MLflow was not searched: {absent}"] if absent else []), *result]
+        print(*(printable(line).replace("\n", "\\n") for line in lines), sep="\n")
     return int(options.verify and bool(problems))
 
 
@@ -86,7 +84,8 @@ def _trace_file(project: Project, path: Path, content: Content) -> Item:
         chain, corpus = _chain_of(project, path, content, stage)
         item = chain.trace(corpus)
         if content.sha256 != chain.checkpoint.sha256:
-            item = Item(KINDS.get(path.suffix, "file"), name, content.sha256, content.md5, origins=[item])
+            kind = {".txt": "text", ".json": "metrics"}.get(path.suffix, "file")
+            item = Item(kind, name, content.sha256, content.md5, origins=[item])
             chain.locate(item, name)
     if all((project.root / place.address).resolve() != path.resolve() for place in item.places):
         item.places.insert(0, Place("file", str(path), VERIFIED))
@@ -115,7 +114,7 @@ def _chain_of(project: Project, path: Path, content: Content, stage: str) -> tup
 
 def _tree(item: Item, first: str, rest: str) -> Iterator[str]:
     """The lines of an item and its origins, with what stands before the first line and before all others."""
-    yield f"{first}{item.kind}  {_escaped(item.name)}"
+    yield f"{first}{item.kind}  {item.name}"
     below = rest + ("│  " if item.origins else "   ")
     rows = [("SHA-256", item.sha256), ("MD5", item.md5)]
     rows += [("SHA-256", f"{sha256} {name}") for name, sha256 in sorted(item.files.items())]
@@ -124,18 +123,12 @@ def _tree(item: Item, first: str, rest: str) -> Iterator[str]:
         rows.append((place.where, f"{place.address} ({notes})" if notes else place.address))
     for label, value in [*rows, *item.details.items(), *(("problem", problem) for problem in item.problems)]:
         if value:
-            yield f"{below}{label:12} {_escaped(value)}"
+            yield f"{below}{label:12} {value}"
     for origin in item.origins:
         yield below.rstrip()
         last = origin is item.origins[-1]
         yield from _tree(origin, f"{rest}{'└─' if last else '├─'} ", rest + ("   " if last else "│  "))
 
 
-def _escaped(text: str) -> str:
-    """The text in one line, without control characters."""
-    return printable(text).replace("\n", "\\n")
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # quietly end in `… | head`
     enter("lineage", main)

@@ -85,7 +85,7 @@ class Chain:
 
     def _code(self) -> Item:
         """The commit, and the files that differed from it."""
-        is_here = self._project.git("cat-file", "-t", self._commit).strip() == b"commit"
+        is_here = self._project.output("git", "cat-file", "-t", self._commit).strip() == "commit"
         place = Place("git", self._commit[:12], *((VERIFIED,) if is_here else (MISSING, "git fetch --all")))
         changed = self._tags.get(DIRTY, "nothing")
         return Item("code", f"commit {self._commit}", details={"uncommitted": changed}, places=[place])

@@ -28,6 +28,7 @@ MISSING, DIFFERENT, NOT_FETCHED = "missing", "different", "not fetched"
 LOCK = "dvc.lock"
 Fetch = Callable[[str], Path]
 Output = tuple[str, str]  # path and MD5, both empty if there is none
+DVC = (sys.executable, "-m", "dvc")
 
 
 class Lock:
@@ -43,8 +44,8 @@ class Lock:
         found = [(stage, kind, (entry["path"], entry["md5"])) for stage, kind, entry in files if "md5" in entry]
         self.outputs = {out: stage for stage, kind, out in found if kind == "outs"}
         self._inputs = [(stage, dep) for stage, kind, dep in found if kind == "deps"]
-        trained = [out for out, stage in self.outputs.items() if stage == "train" and out[0].endswith(".pt")]
-        self.checkpoint: Output = trained[0] if trained else ("", "")
+        trained = (out for out, stage in self.outputs.items() if stage == "train" and out[0].endswith(".pt"))
+        self.checkpoint: Output = next(trained, ("", ""))
         self.download = flatten(stages.get("download", {}).get("params", {}).get("params.yaml", {}), ["download"])
 
     def read_by(self, stage: str, writer: str) -> Output:
@@ -123,10 +124,10 @@ class Project:
         self.lock = Lock((root / LOCK).read_text(encoding="utf-8") if (root / LOCK).is_file() else "")
         self.runs = {run: record for run in runs(root) if (record := read(run, "train"))}
         self._cache = dvc_cache(root) or root / ".dvc" / "cache"
-        self._remotes = [line.split()[0] for line in self._dvc("remote", "list").splitlines()]
+        self._remotes = [line.split()[0] for line in self.output(*DVC, "remote", "list").splitlines()]
 
     def locate(self, item: Item, path: str, copies: Mapping[str, str]) -> None:
-        """Add all places of an item; `path` is that in the workspace, `copies` are what MLflow and the run folder have."""
+        """Add all places of an item with a path in the workspace; `copies` are the files of run folder and MLflow."""
         found = content_of(self.root / path) if path else None
         is_recorded, listed = (path, item.md5) in self.lock.outputs, _listing(self._cached(item.md5))
         if is_recorded or item.learn(found):
@@ -135,16 +136,19 @@ class Project:
         with TemporaryDirectory() as folder:
             for place, is_there, fetch in self._stores(item, copies, Path(folder)):
                 # Files with `cache: false` are not ignored by git.
-                if is_there or (is_recorded and place.where == "DVC cache" and self.git("check-ignore", path)):
+                if is_there or (
+                    is_recorded and place.where == "DVC cache" and self.output("git", "check-ignore", path)
+                ):
                     item.places.append(place)
                     if self._verify or not is_there:
                         item.compare(place, _stored(fetch(item.md5), fetch), listed)
         if not item.places:
             item.problems.append("found in none of the places that were searched")
 
-    def git(self, *arguments: str) -> bytes:
-        """The output of git in the workspace; empty if it fails."""
-        return subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, check=False).stdout
+    def output(self, *command: str) -> str:
+        """The output of git or dvc in the workspace; empty if it fails."""
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
+        return "" if done.returncode else done.stdout
 
     def _stores(self, item: Item, copies: Mapping[str, str], folder: Path) -> Iterator[tuple[Place, bool, Fetch]]:
         """Where an item may be stored, whether it is there, and a function that fetches any content from there."""
@@ -153,10 +157,10 @@ class Project:
             yield Place("DVC cache", relpath(cached, self.root)), cached.exists(), self._cached
         for remote in self._remotes if item.md5 else ():
             place = Place("DVC remote", f"remote://{remote}/{_object(item.md5)}")
-            yield place, bool(self._dvc("list-url", place.address)), partial(self._fetch, remote, folder)
+            yield place, bool(self.output(*DVC, "list-url", place.address)), partial(self._fetch, remote, folder)
         for address in (address for address, sha256 in copies.items() if sha256 == item.sha256 != ""):
             if address.startswith(".runs/"):
-                yield Place("run folder", address), True, lambda _, address=address: self.root / address
+                yield Place("run folder", address), True, partial(lambda path, _: path, self.root / address)
             elif self.tracking:
                 yield Place("MLflow", address), True, partial(self.tracking.download, address, folder)
 
@@ -164,14 +168,8 @@ class Project:
         return self._cache / _object(md5)
 
     def _fetch(self, remote: str, folder: Path, md5: str) -> Path:
-        self._dvc("get-url", f"remote://{remote}/{_object(md5)}", f"{folder}/{remote}-{md5}")
+        self.output(*DVC, "get-url", f"remote://{remote}/{_object(md5)}", f"{folder}/{remote}-{md5}")
         return folder / f"{remote}-{md5}"
-
-    def _dvc(self, *arguments: str) -> str:
-        """The output of dvc; empty if it fails."""
-        command = [sys.executable, "-m", "dvc", *arguments]
-        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
-        return "" if done.returncode else done.stdout
 
 
 def content_of(path: Path) -> Content | None:

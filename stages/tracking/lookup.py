@@ -40,15 +40,14 @@ class Lookup:
 
     def run_of(self, subject: str) -> FoundRun:
         """The run with an ID, or of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`; or UserError."""
-        name, alias = subject.removeprefix("models:/").partition("@")[::2]
-        name, version = name.partition("/")[::2]
+        name, _, which = subject.removeprefix("models:/").replace("@", "/").partition("/")
+        get = self._client.get_model_version_by_alias if "@" in subject else self._client.get_model_version
         try:
-            if alias:
-                return self.run(self._client.get_model_version_by_alias(name, alias).run_id or "")
-            if version:
-                return self.run(self._client.get_model_version(name, version).run_id or "")
-            is_model = subject.startswith("models:/")
-            return self.run(self._client.get_logged_model(name).source_run_id or "" if is_model else subject)
+            if not subject.startswith("models:/"):
+                return self.run(subject)
+            return self.run(
+                (get(name, which).run_id if which else self._client.get_logged_model(name).source_run_id) or ""
+            )
         except MlflowException as error:
             raise UserError(f"{subject}: expected a model with a run, found: {error}; make ui lists them") from error
 
@@ -67,8 +66,7 @@ class Lookup:
         copies |= {f"{base}/{name}": tags.get(CHECKPOINT, "") for name in names if name.endswith(".pt")}
         copies |= {model.model_uri: model.tags.get(CHECKPOINT, "") for model in models_of(self._client, run)}
         registered = f"{REGISTERED} version {version} {f'({aliases})' if aliases else ''}" if version else ""
-        record = Record.model_validate({"stage": "train", **about})
-        return FoundRun(run_id, record, registered, texts.get("dvc.lock", ""), copies)
+        return FoundRun(run_id, Record(stage="train", **about), registered, texts.get("dvc.lock", ""), copies)
 
     def download(self, address: str, folder: Path, _md5: str) -> Path:
         """Download an artifact, or the checkpoint of a model; the returned path does not exist if that fails."""

@@ -20,7 +20,6 @@ from stages.publish import SQLITE, brief, connect, tracking_uri, without_credent
 from stages.run_record import experiment_name, main_workspace
 
 HEADER = re.compile(rb"checkpoint SHA-256 ([0-9a-f]{64})\ncorpus     SHA-256 ([0-9a-f]{64})\n")  # of a generated text
-SHORTEST_KEY = 6  # digits of a run key
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,12 +61,11 @@ def _trace(project: Project, subject: str) -> Item:
     """The chain of a path, a run (its key, at least six digits of it, or MLflow's ID) or a model's address."""
     if content := content_of(Path(subject)):
         return _trace_file(project, Path(subject), content)
-    for run in project.runs:
-        if run.name.startswith(subject) and len(subject) >= SHORTEST_KEY:
-            return Chain(project, "", "", run).trace()
+    if re.fullmatch("[0-9a-f]{6,64}", subject) and (found := [r for r in project.runs if r.name.startswith(subject)]):
+        return Chain(project, "", "", found[0]).trace()
     if project.tracking and re.fullmatch("models:/.+|[0-9a-f]{32}", subject):
-        found = project.tracking.run_of(subject)
-        return Chain(project, found.record.checkpoint, "", tracked=found).trace()
+        tracked = project.tracking.run_of(subject)
+        return Chain(project, tracked.record.checkpoint, "", tracked=tracked).trace()
     expected = "expected a file, a run's key or, with an MLflow store, a run's ID or models:/NAME@ALIAS"
     raise UserError(f"{subject}: {expected}, found none of that name; correct it or set MLFLOW_TRACKING_URI")
 
@@ -89,16 +87,14 @@ def _trace_file(project: Project, path: Path, content: Content) -> Item:
             chain.locate(item, name)
     if all((project.root / place.address).resolve() != path.resolve() for place in item.places):
         item.places.insert(0, Place("file", str(path), VERIFIED))
-    recorded = dict(project.lock.outputs.keys()).get(relpath(path, project.root), content.md5)
-    if recorded != content.md5:
-        item.problems.append(f"{LOCK} records another content at this path: MD5 {recorded}")
+    if dict(project.lock.outputs.keys()).get(relpath(path, project.root), content.md5) != content.md5:
+        item.problems.append(f"{LOCK} records another content at this path")
     return item
 
 
 def _chain_of(project: Project, path: Path, content: Content, stage: str) -> tuple[Chain, str]:
     """The chain of the checkpoint that a file belongs to, and the SHA-256 of the corpus that the file names, if any."""
-    header = HEADER.match(path.read_bytes()[:200]) if path.is_file() else None
-    if header:
+    if header := HEADER.match(path.read_bytes() if path.is_file() else b""):
         return Chain(project, header[1].decode(), ""), header[2].decode()
     if stage:
         md5 = project.lock.checkpoint[1] if stage == "train" else project.lock.read_by(stage, "train")[1]

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -64,12 +63,13 @@ class Chain:
         """The run, with its params and code as origins."""
         record, folder, tracked = self._record, self._folder, self._tracked
         if not record:
-            problem = "no run folder and no MLflow run has this checkpoint; run python -m stages.sync"
-            return Item("run", "unknown", problems=[problem])
+            return Item(
+                "run", "unknown", problems=["neither a run folder nor MLflow has it; run python -m stages.sync"]
+            )
         trained = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(record.began))
         details = {"key": self._tags.get("run.key", ""), "trained": f"{trained}, {record.status.lower()}"}
-        details |= {"experiment": self._tags.get("dvc.exp_name", "")}
-        details |= {"registered": tracked.registered if tracked else ""}
+        registered = tracked.registered if tracked else ""
+        details |= {"experiment": self._tags.get("dvc.exp_name", ""), "registered": registered}
         places = [Place("run folder", f".runs/{folder.name}")] if folder else []
         places += [Place("MLflow", f"runs:/{tracked.id}")] if tracked else []
         return Item("run", record.name, details=details, places=places, origins=[self._params(), self._code()])
@@ -78,8 +78,7 @@ class Chain:
         """The params file, and its overrides."""
         names = {address.rpartition("/")[2]: sha256 for address, sha256 in self._copies.items()}
         item = Item("params", PARAMS, names.get(PARAMS, ""))
-        changes = self._record.changes if self._record else []
-        item.details["overrides"] = " ".join(f"-S {shlex.quote(change)}" for change in changes)
+        item.details["overrides"] = " ".join(self._record.changes if self._record else [])
         self.locate(item, PARAMS)
         return item
 
@@ -87,8 +86,7 @@ class Chain:
         """The commit, and the files that differed from it."""
         is_here = self._project.output("git", "cat-file", "-t", self._commit).strip() == "commit"
         place = Place("git", self._commit[:12], *((VERIFIED,) if is_here else (MISSING, "git fetch --all")))
-        changed = self._tags.get(DIRTY, "nothing")
-        return Item("code", f"commit {self._commit}", details={"uncommitted": changed}, places=[place])
+        return Item("code", self._commit, details={"uncommitted": self._tags.get(DIRTY, "nothing")}, places=[place])
 
     def tokens(self, output: Output, corpus: str = "") -> Item:
         """The tokens that the training read."""
@@ -119,8 +117,8 @@ class Chain:
         params = self._record.params if self._record else self._project.lock.download
         pinned = params.get("download.sha256", "null").replace("null", "")
         item = Item("source", "addresses, tried in this order", pinned)
-        if pinned and corpus.sha256 not in ("", pinned):
-            item.problems.append(f"expected SHA-256 {pinned} (download.sha256), found {corpus.sha256}")
+        if corpus.sha256 and pinned not in ("", corpus.sha256):
+            item.problems.append("download.sha256 is not that of the corpus")
         for source in json.loads(params.get("download.sources", "[]")):
             item.places.append(place := Place("address", without_secrets(source), NOT_FETCHED))
             if LOCAL.fullmatch(source):

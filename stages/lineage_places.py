@@ -110,9 +110,8 @@ class Item:
 
     def all_problems(self) -> list[str]:
         """What does not match or is missing here, one line each."""
-        wrong = [place for place in self.places if place.state in (MISSING, DIFFERENT)]
-        found = [": ".join(filter(None, (f"{p.where} {p.address}", p.state, p.note))) for p in wrong]
-        return [f"{self.kind} {self.name}: {problem}" for problem in [*self.problems, *found]]
+        wrong = [f"{p.where} {p.address}: {p.state} {p.note}" for p in self.places if p.state in (MISSING, DIFFERENT)]
+        return [f"{self.kind} {self.name}: {problem}".strip() for problem in [*self.problems, *wrong]]
 
 
 class Project:
@@ -133,12 +132,12 @@ class Project:
         if is_recorded or item.learn(found):
             item.places.append(place := Place("workspace", path))
             item.compare(place, found, listed)
+        is_lost = is_recorded and self.output(
+            "git", "check-ignore", path
+        )  # git does not ignore those with cache: false
         with TemporaryDirectory() as folder:
             for place, is_there, fetch in self._stores(item, copies, Path(folder)):
-                # Files with `cache: false` are not ignored by git.
-                if is_there or (
-                    is_recorded and place.where == "DVC cache" and self.output("git", "check-ignore", path)
-                ):
+                if is_there or (is_lost and place.where == "DVC cache"):
                     item.places.append(place)
                     if self._verify or not is_there:
                         item.compare(place, _stored(fetch(item.md5), fetch), listed)
@@ -195,12 +194,10 @@ def _listing(file: Path) -> dict[str, str]:
 
 
 def _folder(paths: Mapping[str, Path]) -> Content:
-    """The hashes of a folder of those files that are there."""
     files = {name: found for name, path in sorted(paths.items()) if path.is_file() and (found := content_of(path))}
     listed = json.dumps([{"md5": found.md5, "relpath": name} for name, found in files.items()])  # as DVC writes it
     return Content("", hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest() + ".dir", files)
 
 
 def _object(md5: str) -> str:
-    """The path of a content in DVC's cache and remotes."""
     return f"files/md5/{md5[:2]}/{md5[2:]}"

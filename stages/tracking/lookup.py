@@ -41,13 +41,12 @@ class Lookup:
     def run_of(self, subject: str) -> FoundRun:
         """The run with an ID, or of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`; or UserError."""
         name, _, which = subject.removeprefix("models:/").replace("@", "/").partition("/")
-        get = self._client.get_model_version_by_alias if "@" in subject else self._client.get_model_version
+        client = self._client
+        get = client.get_model_version_by_alias if "@" in subject else client.get_model_version
         try:
             if not subject.startswith("models:/"):
                 return self.run(subject)
-            return self.run(
-                (get(name, which).run_id if which else self._client.get_logged_model(name).source_run_id) or ""
-            )
+            return self.run((get(name, which).run_id if which else client.get_logged_model(name).source_run_id) or "")
         except MlflowException as error:
             raise UserError(f"{subject}: expected a model with a run, found: {error}; make ui lists them") from error
 

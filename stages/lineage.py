@@ -30,11 +30,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     item, absent = _traced(options.subject, verify=options.verify)
-    problems = [problem for each in item.walk() for problem in each.all_problems()]
+    items = [item]
+    for each in items:
+        items += each.origins
+    problems = [problem for each in items for problem in each.all_problems()]
     if options.json:
         print(json.dumps({**asdict(item), "mlflow": absent or "available", "all_problems": problems}, indent=2))
     else:
-        verified = sum(place.state == VERIFIED for each in item.walk() for place in each.places)
+        verified = sum(place.state == VERIFIED for each in items for place in each.places)
         result = [f"{verified} copies verified, {len(problems)} problem(s)", *problems] if options.verify else []
         lines = [*_tree(item, "", ""), "", *([f"MLflow was not searched: {absent}"] if absent else []), *result]
         print(*(printable(line).replace("\n", "\\n") for line in lines), sep="\n")
@@ -43,8 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _traced(subject: str, *, verify: bool) -> tuple[Item, str]:
     """The chain, and why MLflow was not searched, if it was not."""
-    root = main_workspace()
-    address = tracking_uri(root)
+    address = tracking_uri(root := main_workspace())
     absent = f"there is no store {without_credentials(address)}"
     if not address.startswith(SQLITE) or Path(address.removeprefix(SQLITE)).exists():  # connecting would create it
         try:

@@ -17,8 +17,6 @@ from stages.run_record import COMMIT, DIRTY, STAGES, artifacts
 if TYPE_CHECKING:
     from stages.tracking.lookup import FoundRun
 
-PARAMS = "params.yaml"
-
 
 class Chain:
     """The chain of a checkpoint, or of a run without one."""
@@ -60,12 +58,9 @@ class Chain:
         return item if item.origins else run
 
     def _run(self) -> Item:
-        """The run, with its params and code as origins."""
         record, folder, tracked = self._record, self._folder, self._tracked
         if not record:
-            return Item(
-                "run", "unknown", problems=["neither a run folder nor MLflow has it; run python -m stages.sync"]
-            )
+            return Item("run", "unknown", problems=["no run folder, and none in MLflow; run python -m stages.sync"])
         trained = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(record.began))
         details = {"key": self._tags.get("run.key", ""), "trained": f"{trained}, {record.status.lower()}"}
         registered = tracked.registered if tracked else ""
@@ -75,15 +70,13 @@ class Chain:
         return Item("run", record.name, details=details, places=places, origins=[self._params(), self._code()])
 
     def _params(self) -> Item:
-        """The params file, and its overrides."""
         names = {address.rpartition("/")[2]: sha256 for address, sha256 in self._copies.items()}
-        item = Item("params", PARAMS, names.get(PARAMS, ""))
+        item = Item("params", "params.yaml", names.get("params.yaml", ""))
         item.details["overrides"] = " ".join(self._record.changes if self._record else [])
-        self.locate(item, PARAMS)
+        self.locate(item, item.name)
         return item
 
     def _code(self) -> Item:
-        """The commit, and the files that differed from it."""
         is_here = self._project.output("git", "cat-file", "-t", self._commit).strip() == "commit"
         place = Place("git", self._commit[:12], *((VERIFIED,) if is_here else (MISSING, "git fetch --all")))
         return Item("code", self._commit, details={"uncommitted": self._tags.get(DIRTY, "nothing")}, places=[place])

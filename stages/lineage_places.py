@@ -102,12 +102,6 @@ class Item:
             got = {name: file.md5 for name, file in found.files.items()} if found else {}
             place.note = ", ".join(name for name in sorted({*got, *listed}) if got.get(name) != listed.get(name))
 
-    def walk(self) -> Iterator["Item"]:
-        """This item and all items that it was made of."""
-        yield self
-        for origin in self.origins:
-            yield from origin.walk()
-
     def all_problems(self) -> list[str]:
         """What does not match or is missing here, one line each."""
         wrong = [f"{p.where} {p.address}: {p.state} {p.note}" for p in self.places if p.state in (MISSING, DIFFERENT)]
@@ -132,9 +126,7 @@ class Project:
         if is_recorded or item.learn(found):
             item.places.append(place := Place("workspace", path))
             item.compare(place, found, listed)
-        is_lost = is_recorded and self.output(
-            "git", "check-ignore", path
-        )  # git does not ignore those with cache: false
+        is_lost = is_recorded and self.output("git", "check-ignore", path)  # not those with `cache: false`
         with TemporaryDirectory() as folder:
             for place, is_there, fetch in self._stores(item, copies, Path(folder)):
                 if is_there or (is_lost and place.where == "DVC cache"):

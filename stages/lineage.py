@@ -68,8 +68,7 @@ def _trace(project: Project, subject: str) -> Item:
     if project.tracking and re.fullmatch("models:/.+|[0-9a-f]{32}", subject):
         tracked = project.tracking.run_of(subject)
         return Chain(project, tracked.record.checkpoint, "", tracked=tracked).trace()
-    expected = "expected a file, a run's key or, with an MLflow store, a run's ID or models:/NAME@ALIAS"
-    raise UserError(f"{subject}: {expected}, found none of that name; correct it or set MLFLOW_TRACKING_URI")
+    raise UserError(f"{subject}: expected a file, a run or, in an MLflow store, a model, found none; correct the name")
 
 
 def _trace_file(project: Project, path: Path, content: Content) -> Item:

@@ -85,10 +85,12 @@ class Chain:
         """The tokens that the training read."""
         item, meta = Item("tokens", output[0] or "unknown", md5=output[1]), self._record.dataset if self._record else {}
         self.locate(item, output[0])
-        claims, file = {"the text": corpus, "the run": meta.get("corpus_sha256")}, Path(output[0], "meta.json")
+        claims, file = (
+            {"the text": corpus, "the run": meta.get("corpus_sha256")},
+            self._project.root / item.name / "meta.json",
+        )
         if sha256 := item.files.get(file.name):
-            file = self._project.root / file
-            meta = read_json(file) if file.is_file() and sha256_file(file) == sha256 else {}
+            meta = read_json(file) if file.is_file() and sha256_file(file) == sha256 else meta
             claims[file.name] = meta.get("corpus_sha256")
         item.details["content"] = ", ".join(f"{name} {value}" for name, value in meta.items() if isinstance(value, int))
         lock = self._lock if self._lock.checkpoint[1] else self._project.lock
@@ -106,7 +108,6 @@ class Chain:
         return item
 
     def _source(self, corpus: Item) -> Item:
-        """The addresses of the corpus; only local files are read."""
         params = self._record.params if self._record else self._project.lock.download
         pinned = params.get("download.sha256", "null").replace("null", "")
         item = Item("source", "addresses, tried in this order", pinned)

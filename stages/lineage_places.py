@@ -122,7 +122,7 @@ class Project:
     def locate(self, item: Item, path: str, copies: Mapping[str, str]) -> None:
         """Add all places of an item with a path in the workspace; `copies` are the files of run folder and MLflow."""
         found = content_of(self.root / path) if path else None
-        is_recorded, listed = (path, item.md5) in self.lock.outputs, _listing(self._cached(item.md5))
+        is_recorded, listed = (path, item.md5) in self.lock.outputs, _listing(_object(self._cache, item.md5))
         if is_recorded or item.learn(found):
             item.places.append(place := Place("workspace", path))
             item.compare(place, found, listed)
@@ -143,11 +143,11 @@ class Project:
 
     def _stores(self, item: Item, copies: Mapping[str, str], folder: Path) -> Iterator[tuple[Place, bool, Fetch]]:
         """Where an item may be stored, whether it is there, and a function that fetches any content from there."""
-        cached = self._cached(item.md5)
+        cached = _object(self._cache, item.md5)
         if item.md5:
-            yield Place("DVC cache", relpath(cached, self.root)), cached.exists(), self._cached
+            yield Place("DVC cache", relpath(cached, self.root)), cached.exists(), partial(_object, self._cache)
         for remote in self._remotes if item.md5 else ():
-            place = Place("DVC remote", f"remote://{remote}/{_object(item.md5)}")
+            place = Place("DVC remote", f"remote://{remote}/{_object(Path(), item.md5)}")
             yield place, bool(self.output(*DVC, "list-url", place.address)), partial(self._fetch, remote, folder)
         for address in (address for address, sha256 in copies.items() if sha256 == item.sha256 != ""):
             if address.startswith(".runs/"):
@@ -155,11 +155,8 @@ class Project:
             elif self.tracking:
                 yield Place("MLflow", address), True, partial(self.tracking.download, address, folder)
 
-    def _cached(self, md5: str) -> Path:
-        return self._cache / _object(md5)
-
     def _fetch(self, remote: str, folder: Path, md5: str) -> Path:
-        self.output(*DVC, "get-url", f"remote://{remote}/{_object(md5)}", f"{folder}/{remote}-{md5}")
+        self.output(*DVC, "get-url", f"remote://{remote}/{_object(Path(), md5)}", f"{folder}/{remote}-{md5}")
         return folder / f"{remote}-{md5}"
 
 
@@ -171,7 +168,6 @@ def content_of(path: Path) -> Content | None:
 
 
 def _stored(file: Path, fetch: Fetch) -> Content | None:
-    """The content of a file, or of the folder, as far as its files are there, whose listing it is."""
     listed = _listing(file)
     return _folder({name: fetch(part) for name, part in listed.items()}) if listed else content_of(file)
 
@@ -191,5 +187,5 @@ def _folder(paths: Mapping[str, Path]) -> Content:
     return Content("", hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest() + ".dir", files)
 
 
-def _object(md5: str) -> str:
-    return f"files/md5/{md5[:2]}/{md5[2:]}"
+def _object(base: Path, md5: str) -> Path:
+    return base / "files" / "md5" / md5[:2] / md5[2:]

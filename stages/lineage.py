@@ -45,7 +45,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _traced(subject: str, *, verify: bool) -> tuple[Item, str]:
-    """The chain, and why MLflow was not searched, if it was not."""
     address = tracking_uri(root := main_workspace())
     absent = f"there is no store {without_credentials(address)}"
     if not address.startswith(SQLITE) or Path(address.removeprefix(SQLITE)).exists():  # connecting would create it
@@ -72,7 +71,6 @@ def _trace(project: Project, subject: str) -> Item:
 
 
 def _trace_file(project: Project, path: Path, content: Content) -> Item:
-    """The chain of a file or folder, with the given copy as one of its places."""
     outputs = {md5: (stage, name) for (name, md5), stage in project.lock.outputs.items()}
     stage, name = outputs.get(content.md5, ("", path.name))
     if stage == "tokenize":
@@ -110,7 +108,6 @@ def _chain_of(project: Project, path: Path, content: Content, stage: str) -> tup
 
 
 def _tree(item: Item, first: str, rest: str) -> Iterator[str]:
-    """The lines of an item and its origins, with what stands before the first line and before all others."""
     yield f"{first}{item.kind}  {item.name}"
     below = rest + ("│  " if item.origins else "   ")
     rows = [("SHA-256", item.sha256), ("MD5", item.md5)]

@@ -173,7 +173,6 @@ def _stored(file: Path, fetch: Fetch) -> Content | None:
 
 
 def _listing(file: Path) -> dict[str, str]:
-    """The MD5 of a folder's files by relative path, from DVC's listing; empty if this is none, or damaged."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".dir" else []
         return {entry["relpath"]: entry["md5"] for entry in entries if entry["md5"].isalnum()}

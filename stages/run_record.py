@@ -8,6 +8,7 @@
 .runs/<key>/row.lock           see `lock`; row.owner names the process that holds it
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -90,6 +91,12 @@ def main_workspace() -> Path:
 def experiment_name() -> str:
     """The MLflow experiment of new runs."""
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+
+
+def md5_file(path: Path) -> str:
+    """MD5 of a file, the hash that DVC uses."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def dvc_cache(root: Path) -> Path | None:

@@ -1,6 +1,5 @@
 """`python -m stages.train COMMAND…`: run the training with torchrun's environment and publish it live."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -115,7 +114,11 @@ class Train(Stage):
         if status == "FINISHED" and checkpoint.is_file():
             metrics, sha256 = _read(self.command.path("--metrics")), sha256_file(checkpoint)
             tags["checkpoint.sha256"] = sha256
-            results = {"checkpoint": sha256, "checkpoint_file": str(checkpoint), "checkpoint_md5": _md5(checkpoint)}
+            results = {
+                "checkpoint": sha256,
+                "checkpoint_file": str(checkpoint),
+                "checkpoint_md5": run_record.md5_file(checkpoint),
+            }
             results["metrics"] = {name: float(value) for name, value in metrics.items()}
         dataset = _read(self.command.path("--tokens") / "meta.json")
         changes = self.command.changes
@@ -141,12 +144,6 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
         found = path.stat()
         return found.st_ino, found.st_size, found.st_mtime_ns
     return None
-
-
-def _md5(path: Path) -> str:
-    """The hash that DVC uses."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

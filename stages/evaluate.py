@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from gpt.core.files import read_json
-from stages.command_line import CommandLine, enter
-from stages.stage import CheckpointStage
+from stages.execution.command_line import CommandLine, enter
+from stages.execution.stage import CheckpointStage
 
 
 class Evaluate(CheckpointStage):

@@ -1,7 +1,7 @@
 """`python -m stages.generate COMMAND…`: run the generation and publish its text on the run of the checkpoint."""
 
-from stages.command_line import enter
-from stages.stage import CheckpointStage
+from stages.execution.command_line import enter
+from stages.execution.stage import CheckpointStage
 
 
 class Generate(CheckpointStage):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from gpt.core.errors import UserError, printable
 from gpt.fast_import import fast_import
-from stages.command_line import Parser, enter
-from stages.lineage_chain import Chain, saved
-from stages.lineage_places import LOCK, PRESENT, VERIFIED, Content, Item, Place, Project, content_of
-from stages.publish import SQLITE, brief, connect, tracking_uri, without_credentials
-from stages.run_record import experiment_name, main_workspace
+from stages.execution.command_line import Parser, enter
+from stages.release.lineage_chain import Chain, saved
+from stages.release.lineage_places import LOCK, PRESENT, VERIFIED, Content, Item, Place, Project, content_of
+from stages.runs.publish import SQLITE, brief, connect, tracking_uri, without_credentials
+from stages.runs.run_record import experiment_name, main_workspace
 
 HEADER = re.compile(rb"checkpoint SHA-256 ([0-9a-f]{64})\ncorpus     SHA-256 ([0-9a-f]{64})\n")  # of a generated text
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from gpt.core.errors import UserError, printable
 from gpt.core.files import sha256_file
-from stages.command_line import Parser, enter
-from stages.comparison import Verdict, judge, table
-from stages.publish import brief, connect, tracking_uri, without_credentials
-from stages.run_record import experiment_name, main_workspace
+from stages.execution.command_line import Parser, enter
+from stages.release.comparison import Verdict, judge, table
+from stages.runs.publish import brief, connect, tracking_uri, without_credentials
+from stages.runs.run_record import experiment_name, main_workspace
 
 if TYPE_CHECKING:
     from stages.tracking.champions import Champions

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gpt.core.files import atomic_write
-from stages.run_record import dvc_cache
+from stages.runs.run_record import dvc_cache
 
 REPOSITORY_LOCK, RWLOCK_GUARD = Path(".dvc/tmp/lock"), Path(".dvc/tmp/rwlock.lock")  # dvc locks them by flock
 RWLOCK = Path(".dvc/tmp/rwlock")

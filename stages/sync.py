@@ -11,11 +11,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages import run_record
-from stages.command_line import enter
-from stages.publish import DeletedRunError, brief, connect, publish_run, tracking_uri, without_credentials
-from stages.restored import restored_run
-from stages.run_record import Record
+from stages.execution.command_line import enter
+from stages.runs import run_record
+from stages.runs.publish import DeletedRunError, brief, connect, publish_run, tracking_uri, without_credentials
+from stages.runs.restored import restored_run
+from stages.runs.run_record import Record
 
 if TYPE_CHECKING:
     from stages.tracking.store import Store

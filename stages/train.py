@@ -12,12 +12,13 @@ from gpt.core.files import sha256_file
 from gpt.core.params import check_section, read_params
 from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpus
 from gpt.training.fingerprint import run_key
-from stages import child, run_record, torchrun
-from stages.command_line import CommandLine, enter
-from stages.provenance import provenance
-from stages.publish import publish_run
-from stages.run_record import HistoryReader, Record
-from stages.stage import Stage
+from stages.execution import child, torchrun
+from stages.execution.command_line import CommandLine, enter
+from stages.execution.stage import Stage
+from stages.runs import run_record
+from stages.runs.provenance import provenance
+from stages.runs.publish import publish_run
+from stages.runs.run_record import HistoryReader, Record
 
 if TYPE_CHECKING:
     from stages.tracking.store import Store

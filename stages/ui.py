@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from gpt.core.errors import UserError
-from stages.command_line import enter
-from stages.publish import connect, tracking_uri, without_credentials
-from stages.run_record import experiment_name, main_workspace
-from stages.torchrun import LOOPBACK
+from stages.execution.command_line import enter
+from stages.execution.torchrun import LOOPBACK
+from stages.runs.publish import connect, tracking_uri, without_credentials
+from stages.runs.run_record import experiment_name, main_workspace
 
 PORT = 5000
 

@@ -11,7 +11,7 @@ import torch
 
 from gpt.core.errors import UserError
 from gpt.training.distributed import process_group
-from stages import torchrun
+from stages.execution import torchrun
 from tests.conftest import RunMain
 from tests.support.common import FAST, ROOT, environment, only_line, run, train_line, write_params
 

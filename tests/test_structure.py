@@ -98,7 +98,7 @@ def changed_stages(project: Path) -> set[str]:
         ("gpt/model/gpt.py", {"train", "evaluate", "generate"}),
         ("gpt/generation/sampling.py", {"evaluate", "generate"}),
         ("gpt/evaluation/plots.py", {"evaluate"}),
-        ("stages/publish.py", set()),
+        ("stages/runs/publish.py", set()),
         ("gpt/core/params.py", COMMANDS),
     ],
 )

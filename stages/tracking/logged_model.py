@@ -19,7 +19,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from packaging.requirements import Requirement
 
 import gpt
-from stages.run_record import Record
+from stages.runs.run_record import Record
 
 NAME = "chargpt"
 SAMPLING = {

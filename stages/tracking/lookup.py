@@ -9,7 +9,7 @@ from mlflow.artifacts import download_artifacts, load_text
 from mlflow.exceptions import MlflowException
 
 from gpt.core.errors import UserError
-from stages.run_record import Record
+from stages.runs.run_record import Record
 from stages.tracking.logged_model import models_of
 from stages.tracking.registry import CHECKPOINT, REGISTERED, Registry
 from stages.tracking.store import Store

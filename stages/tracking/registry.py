@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from gpt.core.errors import UserError
 from gpt.core.files import sha256_file
-from stages.comparison import SEED, Evaluation, Verdict, without_seed
+from stages.release.comparison import SEED, Evaluation, Verdict, without_seed
 from stages.tracking.logged_model import models_of
 from stages.tracking.store import Store
 

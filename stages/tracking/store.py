@@ -16,8 +16,8 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpt.core.errors import UserError
-from stages.publish import SQLITE, DeletedRunError
-from stages.run_record import Record
+from stages.runs.publish import SQLITE, DeletedRunError
+from stages.runs.run_record import Record
 from stages.tracking.tracked_run import TrackedRun
 
 PARENT = "chargpt.parent"  # the tag of a run that only groups others

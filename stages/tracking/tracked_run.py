@@ -14,8 +14,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from gpt.core.errors import UserError
 from gpt.core.files import canonical_json, sha256_file
-from stages.description import description, is_unedited
-from stages.run_record import Point, Record, checksums, dvc_cache
+from stages.runs.description import description, is_unedited
+from stages.runs.run_record import Point, Record, checksums, dvc_cache
 from stages.tracking.logged_model import link_metrics, log_model
 
 if TYPE_CHECKING:

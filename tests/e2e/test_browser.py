@@ -11,8 +11,8 @@ import pytest
 import vl_convert
 from playwright.sync_api import Browser, Page, Route, ViewportSize, expect, sync_playwright
 
-from stages.publish import connect
-from stages.run_record import COMMIT, EXPERIMENT
+from stages.runs.publish import connect
+from stages.runs.run_record import COMMIT, EXPERIMENT
 from tests.support.common import read_yaml, run, wait_for
 from tests.support.project import clone, dvc, dvc_environment, runs
 from tests.support.workspace import answers, serving

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt.core.files import sha256_file
-from stages.run_record import COMMIT
+from stages.runs.run_record import COMMIT
 from tests.support.common import ROOT, STAGES, contents, environment, read_yaml, run
 from tests.support.project import (
     CHECKPOINT,

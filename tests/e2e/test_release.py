@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from gpt.core.files import sha256_file
-from stages.run_record import EXPERIMENT
+from stages.runs.run_record import EXPERIMENT
 from tests.support.common import free_port, run, wait_for
 from tests.support.project import CHECKPOINT, artifacts, clone, dvc, dvc_environment, logged_steps, runs, store
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages.child import status_of
+from stages.execution.child import status_of
 from tests.support.common import ROOT, environment, wait_for
 from tests.support.workspace import Workspace, ended
 

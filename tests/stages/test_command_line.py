@@ -9,7 +9,7 @@ import typer
 
 from gpt.commands import train
 from gpt.core.errors import UserError
-from stages.command_line import CommandLine, run_checked
+from stages.execution.command_line import CommandLine, run_checked
 from tests.support.common import write_params
 from tests.support.workspace import Workspace, ended
 

@@ -7,7 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stages.comparison import MAX_CALIBRATION_ERROR, MAX_COPIED, MIN_IMPROVEMENT, Evaluation, judge, paired_difference
+from stages.release.comparison import (
+    MAX_CALIBRATION_ERROR,
+    MAX_COPIED,
+    MIN_IMPROVEMENT,
+    Evaluation,
+    judge,
+    paired_difference,
+)
 
 SHA256 = "a" * 64
 SIZES = np.array([1000, 1001] * 50)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.description import WIDTH, description, is_unedited
-from stages.run_record import COMMIT, DIRTY, Record, save
+from stages.runs.description import WIDTH, description, is_unedited
+from stages.runs.run_record import COMMIT, DIRTY, Record, save
 
 TRAIN = Record(
     stage="train",

@@ -16,11 +16,11 @@ from gpt.core.errors import UserError
 from gpt.core.files import read_json, sha256_file
 from gpt.core.params import read_params
 from stages import sync
-from stages.command_line import enter
+from stages.execution.command_line import enter
 from stages.lineage import main
-from stages.lineage_places import content_of
-from stages.publish import connect
-from stages.run_record import COMMIT, DIRTY, Record, flatten, save
+from stages.release.lineage_places import content_of
+from stages.runs.publish import connect
+from stages.runs.run_record import COMMIT, DIRTY, Record, flatten, save
 from stages.tracking.registry import Registry
 from tests.conftest import call_main
 from tests.support.common import FAST, STAGES, environment, free_port, only_line, run, stage_line, write_params

@@ -12,7 +12,7 @@ import pytest
 
 from gpt.core.files import sha256_file
 from stages import sync
-from stages.run_record import Record, save
+from stages.runs.run_record import Record, save
 from tests.conftest import RunMain
 
 LOAD = """

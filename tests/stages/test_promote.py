@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from gpt.core.errors import UserError
 from stages import promote
-from stages.publish import connect
+from stages.runs.publish import connect
 from stages.tracking.logged_model import models_of
 from tests.support.models import CHECKPOINT, blocks, publish_model
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.run_record import HistoryReader, Record, drop_states, lock, prune, save
+from stages.runs.run_record import HistoryReader, Record, drop_states, lock, prune, save
 
 MD5 = hashlib.md5(b"weights").hexdigest()
 

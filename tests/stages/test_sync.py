@@ -16,8 +16,8 @@ from mlflow.entities import Metric, Param
 
 from gpt.core.files import sha256_file
 from stages import sync
-from stages.publish import tracking_uri
-from stages.run_record import EXPERIMENT, Record, save
+from stages.runs.publish import tracking_uri
+from stages.runs.run_record import EXPERIMENT, Record, save
 from stages.tracking import tracked_run
 from tests.support.common import environment, wait_for
 from tests.support.workspace import Run, Workspace, answers, experiment_id, runs_in, steps

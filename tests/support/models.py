@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from gpt.core.files import sha256_file
-from stages.publish import publish_run
-from stages.run_record import Record, save
+from stages.runs.publish import publish_run
+from stages.runs.run_record import Record, save
 from stages.tracking.store import Store
 
 CHECKPOINT = "chargpt_nano.pt"

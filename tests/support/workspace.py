@@ -19,7 +19,7 @@ from mlflow import MlflowClient, entities
 from gpt.core.files import sha256_file
 from gpt.core.params import read_params
 from gpt.training.fingerprint import run_key
-from stages.run_record import EXPERIMENT
+from stages.runs.run_record import EXPERIMENT
 from tests.support import fake_gpt
 from tests.support.common import environment, free_port, run, wait_for
 

@@ -8,8 +8,8 @@ from functools import cache
 
 from gpt.core.errors import without_secrets
 from gpt.core.params import read_params
-from stages import run_record
-from stages.command_line import CommandLine
+from stages.execution.command_line import CommandLine
+from stages.runs import run_record
 
 PARENT_VARIABLE = "CHARGPT_PARENT_RUN"  # an environment variable: the name of an MLflow run that groups new runs
 # The sections of the params file that are published by stage: those that determine its result.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gpt.core.files import read_json
-from stages.run_record import COMMIT, DIRTY, Record, artifacts, read
+from stages.runs.run_record import COMMIT, DIRTY, Record, artifacts, read
 
 LONGEST_SAMPLE, LONGEST_NAME = 1500, 500  # characters; the whole text has to fit into one MLflow tag, 8,000
 LEADING = ("val/best_loss", "eval/bits_per_char")  # the metrics by which models are compared

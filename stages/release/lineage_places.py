@@ -17,7 +17,7 @@ from ruamel.yaml.error import YAMLError
 
 from gpt.core.errors import UserError
 from gpt.core.files import sha256_file
-from stages.run_record import dvc_cache, flatten, md5_file, read, runs
+from stages.runs.run_record import dvc_cache, flatten, md5_file, read, runs
 
 if TYPE_CHECKING:
     from stages.tracking.lookup import Lookup

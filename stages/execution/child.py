@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gpt.core.errors import StoppedError, UserError, printable
-from stages import torchrun
+from stages.execution import torchrun
 
 POLL_S = 0.5  # between two calls of `on_poll`
 JOIN_S = 2

@@ -20,8 +20,8 @@ from gpt.core.errors import UserError, printable
 from gpt.core.files import sha256_file
 from gpt.core.params import read_params
 from gpt.fast_import import skip_final_collection
-from stages.child import end_with_parent
-from stages.run_record import drop_states, flatten, main_workspace
+from stages.execution.child import end_with_parent
+from stages.runs.run_record import drop_states, flatten, main_workspace
 
 PATHS = (
     *("--params", "--tokens", "--checkpoint", "--metrics", "--history", "--validation", "--positions", "--blocks"),

@@ -55,7 +55,7 @@ class Record(BaseModel):
     params: dict[str, str] = {}
     metrics: dict[str, float] = {}
     dataset: dict[str, Any] = {}  # meta.json of the stage tokenize
-    restored: bool = False  # built from dvc.lock, see stages/restored.py
+    restored: bool = False  # built from dvc.lock, see stages/runs/restored.py
 
 
 class HistoryReader:

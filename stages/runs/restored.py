@@ -20,10 +20,10 @@ from gpt.core.errors import UserError
 from gpt.core.files import atomic_write, read_json, sha256_file
 from gpt.core.params import read_params
 from gpt.training.fingerprint import run_key
-from stages import run_record
-from stages.command_line import CommandLine
-from stages.provenance import SECTIONS, logged_params, provenance
-from stages.run_record import Record
+from stages.execution.command_line import CommandLine
+from stages.runs import run_record
+from stages.runs.provenance import SECTIONS, logged_params, provenance
+from stages.runs.run_record import Record
 
 
 def restored_run(root: Path, sha256: str = "") -> Path | None:

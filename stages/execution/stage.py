@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt.core.files import sha256_file
-from stages import child, run_record
-from stages.command_line import CommandLine
-from stages.provenance import PARENT_VARIABLE, logged_params, provenance
-from stages.publish import Publisher, publish_run
-from stages.restored import restored_run
-from stages.run_record import Record
+from stages.execution import child
+from stages.execution.command_line import CommandLine
+from stages.runs import run_record
+from stages.runs.provenance import PARENT_VARIABLE, logged_params, provenance
+from stages.runs.publish import Publisher, publish_run
+from stages.runs.restored import restored_run
+from stages.runs.run_record import Record
 
 if TYPE_CHECKING:
     from stages.tracking.store import Store

@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING
 from gpt.core.errors import without_secrets
 from gpt.core.files import read_json, sha256_file
 from gpt.download.sources import LOCAL
-from stages.lineage_places import LOCK, MISSING, NOT_FETCHED, VERIFIED, Item, Lock, Output, Place, Project, content_of
-from stages.run_record import COMMIT, DIRTY, STAGES, artifacts
+from stages.release.lineage_places import (
+    LOCK,
+    MISSING,
+    NOT_FETCHED,
+    VERIFIED,
+    Item,
+    Lock,
+    Output,
+    Place,
+    Project,
+    content_of,
+)
+from stages.runs.run_record import COMMIT, DIRTY, STAGES, artifacts
 
 if TYPE_CHECKING:
     from stages.tracking.lookup import FoundRun

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from gpt.core.errors import UserError, printable
 from gpt.fast_import import fast_import
-from stages import run_record
-from stages.run_record import HistoryReader
+from stages.runs import run_record
+from stages.runs.run_record import HistoryReader
 
 if TYPE_CHECKING:
     from stages.tracking.store import Store

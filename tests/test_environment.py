@@ -83,3 +83,12 @@ def test_a_host_whose_name_does_not_resolve_trains_with_its_loopback_interface(
         assert (done.stderr, (tmp_path / "model.pt").is_file()) == ("", True)
     else:
         assert "expected a loopback interface" in only_line(done.stderr)
+
+
+def test_a_clone_of_a_user_with_autocrlf_has_the_same_bytes(tmp_path: Path) -> None:
+    """With Windows line ends the hashes of all code and params would change."""
+    run(["git", "clone", "--quiet", "--config", "core.autocrlf=true", str(ROOT), str(tmp_path / "clone")], tmp_path)
+    texts = ("*.py", "*.yaml", "*.lock", "*.md", "Makefile")
+    files = run(["git", "ls-files", "--", *texts], tmp_path / "clone").stdout.split()
+    assert files
+    assert [name for name in files if b"\r\n" in (tmp_path / "clone" / name).read_bytes()] == []

@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "Evaluate a checkpoint: loss on the validation split, calibration and memorization.",
     "generate": "Generate text from a checkpoint.",
     "explain": "Print the attention scores of a checkpoint for a text; plot its attention, positions and embeddings.",
+    "export": "Export a checkpoint: as safetensors, or for the library transformers.",
     "check-params": "Check all sections of a params file.",
 }
 CONSOLE_SCRIPT = "chargpt"

@@ -1,0 +1,1 @@
+"""Export of checkpoints to formats of other programs."""

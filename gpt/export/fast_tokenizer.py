@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from gpt.core.errors import UserError
@@ -9,7 +10,7 @@ from gpt.tokenizers.base import Tokenizer
 from gpt.tokenizers.char import CharTokenizer
 from gpt.tokenizers.subword import BpeTokenizer, WordPieceTokenizer
 from gpt.tokenizers.tiktoken import GPT2_PATTERN, TiktokenTokenizer
-from gpt.tokenizers.word import WORD, WordTokenizer
+from gpt.tokenizers.word import WordTokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -18,28 +19,36 @@ UNKNOWN = "<unk>"  # not in the vocabulary, so that an unknown character is an e
 
 
 def make_fast_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
-    """The tokenizer of the library; encoding and decoding are equal for every text.
+    """The tokenizer of the library; it encodes and decodes every text in the same way.
 
     Raises:
         UserError: the library cannot express this tokenizer.
     """
+    from tokenizers import decoders  # noqa: PLC0415
+
+    decoder: decoders.Decoder
     match tokenizer:
         case CharTokenizer(vocabulary):
-            return _make_word_engine(vocabulary, ())
+            engine, decoder = _make_word_engine(vocabulary, ()), decoders.Fuse()
         case WordTokenizer(characters, words):
-            return _make_word_engine(characters, words)
+            engine, decoder = _make_word_engine(characters, words), decoders.Fuse()
         case BpeTokenizer():
-            return _with_byte_decoder(tokenizer._engine)
-        case WordPieceTokenizer():
-            return _with_prefix_decoder(tokenizer._engine)
+            engine, decoder = tokenizer._engine, decoders.ByteLevel()
         case TiktokenTokenizer(ranks):
-            return _make_rank_engine(ranks)
-    raise UserError(f"tokenize.kind: expected a kind that can be exported, found {tokenizer.kind}; choose another")
+            engine, decoder = _make_rank_engine(ranks), decoders.ByteLevel()
+        case WordPieceTokenizer():
+            engine = tokenizer._engine
+            prefix = engine.model.continuing_subword_prefix  # a character outside the alphabet
+            decoder = decoders.Sequence([decoders.Replace(prefix, ""), decoders.Fuse()])
+        case _:
+            raise UserError(f"tokenize.kind: expected one of another kind, found {tokenizer.kind}; choose another")
+    engine.decoder = decoder
+    return engine
 
 
 def _make_word_engine(characters: str, words: Sequence[str]) -> "tokenizers.Tokenizer":
     """Words of the vocabulary are tokens; all other ones are split into characters, since there are no merges."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # noqa: PLC0415
 
     vocabulary = {token: number for number, token in enumerate((*characters, *words))}
     engine = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, ignore_merges=True))
@@ -47,7 +56,6 @@ def _make_word_engine(characters: str, words: Sequence[str]) -> "tokenizers.Toke
     in_word = "".join(rf"\x{{{ord(character):x}}}" for character in characters if re.match(r"\w", character))
     pattern = rf"[{in_word}]+|[\s\S]" if in_word else r"[\s\S]"
     engine.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    engine.decoder = decoders.Fuse()
     return engine
 
 
@@ -60,7 +68,7 @@ def _make_rank_engine(ranks: Sequence[str]) -> "tokenizers.Tokenizer":
     split = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     engine.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    return _with_byte_decoder(engine)
+    return engine
 
 
 def _find_merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
@@ -73,30 +81,14 @@ def _find_merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
     for token, rank in ranks.items():
         parts = list(token)
         while len(parts) > 2:
-            pairs = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:], strict=False)]
+            pairs = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
             if (lowest := min(pairs)) == rank:
                 raise UserError(
-                    f"tokenize.ranks: expected tokens of two parts with lower ranks, found {token!r} of {parts} at rank "
-                    f"{rank:,}, which transformers cannot express; use --format safetensors"
+                    f"tokenize.ranks: expected tokens of two parts with lower ranks, found {token!r} of {parts} at "
+                    f"rank {rank:,}, which transformers cannot express; use --format safetensors"
                 )
             first = pairs.index(lowest)
             parts[first : first + 2] = [parts[first] + parts[first + 1]]
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
-
-
-def _with_byte_decoder(engine: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    from tokenizers import decoders  # noqa: PLC0415
-
-    engine.decoder = decoders.ByteLevel()
-    return engine
-
-
-def _with_prefix_decoder(engine: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    """Remove the prefix of the continuations, a character outside the alphabet; nothing is put between words."""
-    from tokenizers import decoders  # noqa: PLC0415
-
-    prefix = engine.model.continuing_subword_prefix
-    engine.decoder = decoders.Sequence([decoders.Replace(prefix, ""), decoders.Fuse()])
-    return engine

@@ -19,6 +19,7 @@ from gpt.model.checkpoint import Checkpoint
 from gpt.model.config import ModelConfig
 from gpt.model.positions import BASE
 
+COMMON: Mapping[str, Any] = {"kind": "gpt", "ngram": 1, "qk_norm": False}
 WEIGHT_NAME = re.compile(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)")
 
 
@@ -37,15 +38,7 @@ class Architecture:
 
 GPT2 = Architecture(
     title="GPT-2",
-    settings={
-        "kind": "gpt",
-        "position": "learned",
-        "ngram": 1,
-        "norm": "layer",
-        "qk_norm": False,
-        "activation": "gelu",
-        "bias": True,
-    },
+    settings={**COMMON, "position": "learned", "norm": "layer", "activation": "gelu", "bias": True},
     blocks="transformer.h",
     modules={
         "token_embedding": "transformer.wte",
@@ -62,13 +55,7 @@ GPT2 = Architecture(
 )
 LLAMA = Architecture(
     title="Llama",
-    settings={
-        **GPT2.settings,
-        "position": "rotary",
-        "norm": "rms",
-        "activation": "swiglu",
-        "bias": False,
-    },
+    settings={**COMMON, "position": "rotary", "norm": "rms", "activation": "swiglu", "bias": False},
     blocks="model.layers",
     modules={
         "token_embedding": "model.embed_tokens",
@@ -95,13 +82,19 @@ def huggingface_export(checkpoint: Checkpoint) -> Export:
     """
     config, tokenizer = checkpoint.model, checkpoint.tokenizer
     architecture = _choose_architecture(config)
+    hidden = len(checkpoint.weights["blocks.0.feed_forward.widen.weight"])
     special = {"bos_token_id": tokenizer.start_token, "eos_token_id": None, "pad_token_id": None}
     make_config = _gpt2_config if architecture is GPT2 else _llama_config
     documents = {
-        "config.json": {**make_config(config), **special, "vocab_size": tokenizer.vocab_size, "dtype": "float32"},
+        "config.json": {
+            **make_config(config, hidden),
+            **special,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": "float32",
+        },
         "generation_config.json": {**special, "max_length": config.block_size},
         "tokenizer.json": json.loads(make_fast_tokenizer(tokenizer).to_str()),
-        # No special tokens: a decoder would omit them, and the start token is a line feed.
+        # No special tokens: they would be left out of the text, and the start token is a line feed.
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.block_size,
@@ -130,14 +123,15 @@ def _yaml(value: object) -> str:
     return str(value).lower()
 
 
-def _gpt2_config(config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json without what both architectures have."""
+def _gpt2_config(config: ModelConfig, hidden: int) -> dict[str, Any]:
+    """The content of config.json without what both architectures have; `hidden` channels in the feed-forward layers."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_embd": config.n_embd,
+        "n_inner": hidden,
         "n_positions": config.block_size,
         "activation_function": "gelu",  # GPT-2's own default is an approximation of it
         "layer_norm_epsilon": 1e-5,  # torch's default
@@ -146,7 +140,7 @@ def _gpt2_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _llama_config(config: ModelConfig) -> dict[str, Any]:
+def _llama_config(config: ModelConfig, hidden: int) -> dict[str, Any]:
     """As `_gpt2_config`. Llama has no dropout of embeddings and blocks, so a fine-tuning there goes without dropout."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -155,7 +149,7 @@ def _llama_config(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.n_head,
         "hidden_size": config.n_embd,
-        "intermediate_size": 8 * config.n_embd // 3,
+        "intermediate_size": hidden,
         "max_position_embeddings": config.block_size,
         "hidden_act": "silu",
         "rms_norm_eps": torch.finfo(torch.float32).eps,  # torch's default
@@ -165,25 +159,40 @@ def _llama_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _convert_weights(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tensor]:
-    """The weights with the names, the order of the channels and the orientation of the architecture."""
-    config, weights, converted = checkpoint.model, checkpoint.weights, {}
+    """The weights in the layout of the architecture, under its names."""
+    config, weights = checkpoint.model, dict(checkpoint.weights)
+    if config.tie_embeddings:
+        del weights["output.weight"]
+    weights = _gpt2_layout(weights) if architecture is GPT2 else _llama_layout(weights, config.n_head)
+    converted = {}
     for name, weight in weights.items():
         found = WEIGHT_NAME.fullmatch(name)
         assert found
         layer, module, kind = found.groups()
-        if module not in architecture.modules or (module == "output" and config.tie_embeddings):
-            continue  # part of another matrix
-        if architecture is GPT2 and module == "attention.query":
-            weight = torch.cat([weights[name.replace("query", part)] for part in ("query", "key", "value")])  # noqa: PLW2901
-        if architecture is GPT2 and layer and kind == "weight" and weight.dim() == 2:
-            weight = weight.T
-        if architecture is LLAMA and module in ("attention.query", "attention.key"):
-            weight = _pairs_to_halves(weight, config.n_head)
         prefix = f"{architecture.blocks}.{layer}." if layer else ""
         converted[f"{prefix}{architecture.modules[module]}.{kind}"] = weight
     return converted
 
 
-def _pairs_to_halves(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the channels of each head for Llama, which rotates channels i and i + D / 2 instead of neighbours."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+def _gpt2_layout(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value in one matrix; the matrices of the blocks transposed."""
+    converted = {}
+    for name, weight in weights.items():
+        if ".query." in name:
+            converted[name] = torch.cat([weights[name.replace("query", part)] for part in ("query", "key", "value")])
+        elif ".key." not in name and ".value." not in name:
+            converted[name] = weight
+    return {
+        name: weight.T if name.startswith("blocks.") and weight.dim() == 2 else weight
+        for name, weight in converted.items()
+    }
+
+
+def _llama_layout(weights: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """The channels of queries and keys reordered: Llama rotates channels i and i + D / 2 instead of neighbours."""
+    return {
+        name: weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        if ".query." in name or ".key." in name
+        else weight
+        for name, weight in weights.items()
+    }

@@ -15,7 +15,9 @@ from gpt.tokenizers.word import WordTokenizer
 from tests.tokenizers.test_tokenizers import ALPHABET, TEXT, TRAINED, every_kind
 
 # As read from the exported file.
-FAST = {one.kind: tokenizers.Tokenizer.from_str(make_fast_tokenizer(one).to_str()) for one in TRAINED}
+FAST: dict[str, tokenizers.Tokenizer] = {
+    one.kind: tokenizers.Tokenizer.from_str(make_fast_tokenizer(one).to_str()) for one in TRAINED
+}
 BYTES = list(BYTE_TO_CHARACTER.values())
 
 

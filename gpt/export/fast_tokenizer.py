@@ -60,11 +60,11 @@ def _make_word_engine(characters: str, words: Sequence[str]) -> "tokenizers.Toke
 
 
 def _make_rank_engine(ranks: Sequence[str]) -> "tokenizers.Tokenizer":
-    """Byte pair encoding by rank. As in tiktoken, a word that is a token needs no merges."""
+    """Byte pair encoding by rank."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers  # noqa: PLC0415
 
     vocabulary = {token: rank for rank, token in enumerate(ranks)}
-    engine = Tokenizer(models.BPE(vocab=vocabulary, merges=_find_merges(vocabulary), ignore_merges=True))
+    engine = Tokenizer(models.BPE(vocab=vocabulary, merges=_find_merges(vocabulary)))
     split = pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     engine.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])

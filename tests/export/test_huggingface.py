@@ -154,6 +154,8 @@ def test_every_tokenizer_is_the_same_in_transformers(name: str, tokenizer: Token
         assert found(text)["input_ids"] == tokens
         assert found.decode(tokens) == found.decode(tokens, skip_special_tokens=True) == text
     assert len(found) == model.config.vocab_size == tokenizer.vocab_size
+    assert model.generation_config.bos_token_id == tokenizer.start_token
+    assert model.generation_config.eos_token_id is None
     if tokenizer.alphabet:
         with pytest.raises(Exception, match=r"(?i)unk"):
             found("fox ß")

@@ -41,7 +41,9 @@ def make_fast_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
             prefix = engine.model.continuing_subword_prefix  # a character outside the alphabet
             decoder = decoders.Sequence([decoders.Replace(prefix, ""), decoders.Fuse()])
         case _:
-            raise UserError(f"tokenize.kind: expected one of another kind, found {tokenizer.kind}; choose another")
+            raise UserError(
+                f"tokenize.kind: expected a kind of transformers, found {tokenizer.kind}; use --format safetensors"
+            )
     engine.decoder = decoder
     return engine
 

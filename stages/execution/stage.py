@@ -15,7 +15,6 @@ from stages.execution.command_line import CommandLine
 from stages.runs import run_record
 from stages.runs.provenance import PARENT_VARIABLE, logged_params, provenance
 from stages.runs.publish import Publisher, publish_run
-from stages.runs.restored import restored_run
 from stages.runs.run_record import Record
 
 if TYPE_CHECKING:
@@ -86,8 +85,7 @@ class CheckpointStage(Stage):
         """Find the run folder of the checkpoint; the temporary one serves for a checkpoint from elsewhere."""
         checkpoint = command.path("--checkpoint")
         sha256 = sha256_file(checkpoint) if checkpoint.is_file() else ""
-        root = run_record.main_workspace()
-        run = run_record.run_of_checkpoint(root, sha256) or restored_run(root, sha256)
+        run = run_record.run_of_checkpoint(run_record.main_workspace(), sha256)
         self._known = run is not None
         super().__init__(command, run or temporary, sha256)
         for option in self.outputs:

@@ -26,16 +26,15 @@ from stages.runs.provenance import SECTIONS, logged_params, provenance
 from stages.runs.run_record import Record
 
 
-def restored_run(root: Path, sha256: str = "") -> Path | None:
+def restored_run(root: Path) -> Path | None:
     """Create the run folder of the model that the `dvc.lock` of the current folder names.
 
-    Args:
-        sha256: only of this checkpoint, if it is given.
-
     Returns:
-        The folder; None if there is one already, the workspace has another model, or `dvc status` finds a change.
+        The folder; None if there is one already, `dvc status` finds a change, or another dvc is running.
     """
-    with suppress(UserError, OSError, KeyError, TypeError, ValueError, StopIteration):  # there is no such pipeline
+    with suppress(
+        subprocess.CalledProcessError, UserError, OSError, KeyError, TypeError, ValueError, StopIteration
+    ):  # there is no such pipeline
         lock: dict[str, Any] = YAML(typ="safe", pure=True).load(Path("dvc.lock"))["stages"]
         command = _command(lock, "train")
         checkpoint = command.path("--checkpoint")
@@ -44,7 +43,7 @@ def restored_run(root: Path, sha256: str = "") -> Path | None:
         if any(record and record.checkpoint_md5 == md5 for record in records):
             return None
         found = sha256_file(checkpoint)
-        if found != (sha256 or found) or "train" not in (unchanged := _unchanged_stages()):
+        if "train" not in (unchanged := _unchanged_stages()):
             return None
         run = root / ".runs" / run_key(read_params(command.path("--params")), command.path("--tokens"))
         with run_record.lock(run, wait=False) as locked:

@@ -81,6 +81,7 @@ def test_a_colleague_pulls_the_model_and_gets_its_run(project: Path) -> None:
     colleague = project.with_name("colleague")
     run(["git", "clone", "--quiet", origin(project), colleague], project)
     dvc(colleague, "pull")
+    dvc(colleague, "exp", "run", "-S", "evaluate.seed=5")  # `sync` adds params and curves to its run
     stage(colleague, "sync")
     (theirs,), (ours,) = runs(project), runs(colleague)
     assert ours.data.params == theirs.data.params
@@ -90,7 +91,7 @@ def test_a_colleague_pulls_the_model_and_gets_its_run(project: Path) -> None:
     assert {CHECKPOINT, "params.yaml", "generation_out.txt", "dvc.lock"} <= artifacts(colleague, ours.info.run_id)
     (model,) = store(colleague).search_logged_models([ours.info.experiment_id])
     assert (model.name, model.status) == (EXPERIMENT, "READY")
-    dvc(colleague, "exp", "run", "-S", "evaluate.seed=5")
+    dvc(colleague, "exp", "run", "-S", "evaluate.seed=6")
     (only,) = runs(colleague)
     assert (only.info.run_id, only.data.params) == (ours.info.run_id, ours.data.params)
     assert stage(colleague, "promote").count("promoted") == 1

@@ -80,8 +80,9 @@ def test_a_pulled_model_gets_a_run_which_becomes_that_of_a_later_training(origin
     assert steps(again, "train/loss") == list(range(12))
 
 
-def test_an_evaluation_of_a_pulled_model_finds_its_params(origin: Workspace, pulled: Workspace) -> None:
+def test_the_run_of_an_evaluation_of_a_pulled_model_gets_params(origin: Workspace, pulled: Workspace) -> None:
     assert ended(pulled.evaluate("-S", "evaluate.batch_size=8", loss=1.25)) == ""
+    assert ended(pulled.sync()) == ""
     (only,) = pulled.runs()
     assert only["params"] == origin.runs()[0]["params"]
     assert values(only, "eval/loss")[-1] == 1.25

@@ -50,16 +50,18 @@ MEASURED: dict[str, dict[str, Any]] = {
     "scores with biases": {**LONG, "train__batch_size": 32, "model__position": "relative"},
 }
 # Trains in a process of its own; prints by how many bytes its memory grew after the imports.
-GROWTH = """
-import os, resource, sys
+GROWTH = r"""
+import re
 from pathlib import Path
 import torch._dynamo, gpt.commands.train
 from gpt.__main__ import main
-before = 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+def size(name):  # ru_maxrss would include the memory of the process that started this one
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+before = size("VmRSS")
 try:
     main()
 finally:
-    print("grew", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print("grew", size("VmHWM") - before)
 """
 
 

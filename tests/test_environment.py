@@ -14,6 +14,7 @@ from gpt.training.distributed import process_group
 from stages.execution import torchrun
 from tests.conftest import RunMain
 from tests.support.common import FAST, ROOT, environment, only_line, run, train_line, write_params
+from tests.support.project import clone, dvc
 
 # Starts a command on a host of its own, in namespaces, which needs root.
 HOST = "import os, sys; from pyroute2 import IPRoute; {}; os.execvp(sys.argv[1], sys.argv[1:])"
@@ -92,3 +93,14 @@ def test_a_clone_of_a_user_with_autocrlf_has_the_same_bytes(tmp_path: Path) -> N
     files = run(["git", "ls-files", "--", *texts], tmp_path / "clone").stdout.split()
     assert files
     assert [name for name in files if b"\r\n" in (tmp_path / "clone" / name).read_bytes()] == []
+
+
+@pytest.mark.proof
+def test_a_temporary_experiment_runs_its_own_code_also_with_python_safe_path(tmp_path: Path, corpus: Path) -> None:
+    project = clone(tmp_path / "project", corpus, launch__processes=1, train__max_steps=2)
+    for module in ("gpt/commands/generate.py", "stages/__init__.py"):
+        with (project / module).open("a") as file:
+            file.write(f"\nprint('{module} of the project')\n")
+    output = dvc(project, "exp", "run", "--temp", PYTHONSAFEPATH="1").stdout
+    assert "gpt/commands/generate.py of the project" in output
+    assert "stages/__init__.py of the project" in output

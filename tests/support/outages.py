@@ -35,17 +35,31 @@ class Proxy(ThreadingHTTPServer):
         """A client or a server that has gone away needs no traceback."""
 
 
+OF_THE_CONNECTION = ("host", "transfer-encoding")  # headers that are not forwarded
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: Proxy
     protocol_version = "HTTP/1.1"
 
+    def _body(self) -> bytes:
+        """The body of the request; an empty file is uploaded in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
     def forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._body()
         time.sleep(self.server.delay)
         if self.server.status:
             status, content, kind = self.server.status, b"out of order", "text/plain"
         else:
-            sent = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+            sent = {name: value for name, value in self.headers.items() if name.lower() not in OF_THE_CONNECTION}
             answer = requests.request(
                 self.command, self.server.upstream + self.path, data=body, headers=sent, timeout=60
             )

@@ -199,10 +199,10 @@ def artifacts_deleted(tracking: Tracking) -> Iterator[None]:
 @contextmanager
 def artifacts_full(tracking: Tracking) -> Iterator[None]:
     tracking.artifacts.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tracking.artifacts], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tracking.artifacts], check=True)
     tracking.later.callback(lambda: subprocess.run(["umount", "--lazy", tracking.artifacts], check=True))
     filler = tracking.artifacts / "filler"
-    filler.write_bytes(bytes(256 << 10))
+    filler.write_bytes(bytes(4 << 20))
     yield
     filler.unlink()
 

@@ -17,7 +17,7 @@ repro: $(VENV)/checked ## Install, check params.yaml, repair DVC's files after a
 	dvc repro
 	-python -m stages.sync
 
-test: $(VENV)/test ## Install the test dependencies and run the tests (5 to 6 minutes)
+test: $(VENV)/test ## Install the test dependencies and run the tests (4 to 6 minutes)
 	python -m pytest -n 2 --dist loadfile -m "not proof"
 
 proof: $(VENV)/test ## Run the slow tests; they need root and the browser Chromium

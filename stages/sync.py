@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from stages.execution.command_line import enter
 from stages.runs import run_record
 from stages.runs.publish import DeletedRunError, brief, connect, publish_run, tracking_uri, without_credentials
-from stages.runs.restored import restored_run
+from stages.runs.restored import restore_run
 from stages.runs.run_record import Record
 
 if TYPE_CHECKING:
@@ -24,12 +24,10 @@ if TYPE_CHECKING:
 def main(_arguments: Sequence[str]) -> int:
     """Publish every run folder; returns 1 if the store failed."""
     root = run_record.main_workspace()
-    restored_run(root)
-    runs = [run for run in reversed(run_record.runs(root)) if run_record.read(run, "train")]
-    if not runs:
-        return 0
     address = without_credentials(tracking_uri(root))
     try:
+        restore_run(root)
+        runs = [run for run in reversed(run_record.runs(root)) if run_record.read(run, "train")]
         save_lock_file(root / "dvc.lock", runs)
         connect_once = cache(partial(connect, root))
         changed = sum(publish_if_unlocked(connect_once, run) for run in runs)

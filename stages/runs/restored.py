@@ -4,6 +4,7 @@ Such a model comes from DVC's run cache, `dvc pull`, `dvc exp apply` or `dvc che
 that training replaces what is written here, since both have the same run key.
 """
 
+import csv
 import json
 import shlex
 import subprocess
@@ -13,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from ruamel.yaml import YAML
 
 from gpt.core.errors import UserError
@@ -26,34 +26,41 @@ from stages.runs.provenance import SECTIONS, logged_params, provenance
 from stages.runs.run_record import Record
 
 
-def restored_run(root: Path) -> Path | None:
+def restore_run(root: Path) -> None:
     """Create the run folder of the model that the `dvc.lock` of the current folder names.
 
-    Returns:
-        The folder; None if there is one already, `dvc status` finds a change, or another dvc is running.
+    Nothing happens if there is one already, if `dvc status` finds a change of the training, or if another dvc runs.
     """
-    with suppress(
-        subprocess.CalledProcessError, UserError, OSError, KeyError, TypeError, ValueError, StopIteration
-    ):  # there is no such pipeline
-        lock: dict[str, Any] = YAML(typ="safe", pure=True).load(Path("dvc.lock"))["stages"]
-        command = _command(lock, "train")
-        checkpoint = command.path("--checkpoint")
-        md5 = next(out["md5"] for out in lock["train"]["outs"] if Path(out["path"]) == checkpoint)
-        records = [run_record.read(run, "train") for run in run_record.runs(root)]
-        if any(record and record.checkpoint_md5 == md5 for record in records):
-            return None
-        found = sha256_file(checkpoint)
-        if "train" not in (unchanged := _unchanged_stages()):
-            return None
-        run = root / ".runs" / run_key(read_params(command.path("--params")), command.path("--tokens"))
-        with run_record.lock(run, wait=False) as locked:
-            if locked:
-                _save_train(run, lock, md5, found)
-                for stage in unchanged:
-                    if stage != "train":
-                        _save(run, lock, stage, {"tags": {"checkpoint.sha256": found}})
-                return run
-    return None
+    lock: dict[str, Any] = {}
+    unchanged: list[str] = []
+    with suppress(subprocess.CalledProcessError, UserError, OSError, KeyError, TypeError):  # there is no such pipeline
+        lock = YAML(typ="safe", pure=True).load(Path("dvc.lock"))["stages"]
+        unchanged = [] if _is_known(root, lock) else _unchanged_stages()
+    if "train" not in unchanged:
+        return
+    command = _command(lock, "train")
+    run = root / ".runs" / run_key(read_params(command.path("--params")), command.path("--tokens"))
+    with run_record.lock(run, wait=False) as locked:
+        if locked:
+            sha256 = sha256_file(command.path("--checkpoint"))
+            _save_train(run, lock, sha256)
+            for stage in unchanged:
+                if stage != "train":
+                    _save(run, lock, stage, {"tags": {"checkpoint.sha256": sha256}})
+
+
+def _is_known(root: Path, lock: dict[str, Any]) -> bool:
+    """Whether a run folder has the training of the checkpoint in `dvc.lock`, or the workspace lacks the file."""
+    records = [run_record.read(run, "train") for run in run_record.runs(root)]
+    md5 = _checkpoint_md5(lock)
+    return any(record and record.checkpoint_md5 == md5 for record in records) or not (
+        _command(lock, "train").path("--checkpoint").is_file()
+    )
+
+
+def _checkpoint_md5(lock: dict[str, Any]) -> str:
+    checkpoint = _command(lock, "train").path("--checkpoint")
+    return str({Path(out["path"]): out["md5"] for out in lock["train"]["outs"]}[checkpoint])
 
 
 def _unchanged_stages() -> list[str]:
@@ -64,18 +71,19 @@ def _unchanged_stages() -> list[str]:
     return [stage for stage in SECTIONS if stage not in changed]
 
 
-def _save_train(run: Path, lock: dict[str, Any], md5: str, sha256: str) -> None:
+def _save_train(run: Path, lock: dict[str, Any], sha256: str) -> None:
     """Write the record of the training, and its history from the tables without times."""
     command, now = _command(lock, "train"), time.time()
     points = [
-        {"step": row.pop("step"), "time": now, **row}
+        {"time": now, **{name: float(value) for name, value in row.items()}}
         for option in ("--history", "--validation")
-        for row in pd.read_csv(command.path(option)).to_dict("records")
+        for row in csv.DictReader(command.path(option).read_text(encoding="utf-8").splitlines())
     ]
     with atomic_write(run / "history.jsonl") as file:
         file.write("".join(f"{json.dumps(point)}\n" for point in points).encode())
     tags = provenance()[1] | {"run.key": run.name, "checkpoint.sha256": sha256}
-    checkpoint = {"checkpoint": sha256, "checkpoint_md5": md5, "checkpoint_file": str(command.path("--checkpoint"))}
+    checkpoint = {"checkpoint": sha256, "checkpoint_md5": _checkpoint_md5(lock)}
+    checkpoint["checkpoint_file"] = str(command.path("--checkpoint"))
     dataset = read_json(command.path("--tokens") / "meta.json")
     params = logged_params(command, "train")
     _save(run, lock, "train", {"tags": tags, "params": params, "dataset": dataset, **checkpoint})

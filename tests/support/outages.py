@@ -20,6 +20,9 @@ from tests.support.common import free_port, wait_for
 from tests.support.workspace import Run, Workspace, answers, runs_in, start_server, stop_server
 
 
+LOCKED_S = 60  # longer than a training and its end: a stage does not wait for the lock
+
+
 class Proxy(ThreadingHTTPServer):
     """A reverse proxy that can answer with an error, or slowly."""
 
@@ -176,7 +179,9 @@ def read_only(tracking: Tracking) -> Iterator[None]:
 def locked(tracking: Tracking) -> Iterator[None]:
     with closing(sqlite3.connect(tracking.folder / "mlflow.db", timeout=60, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
         yield
+        time.sleep(max(0, LOCKED_S - (time.monotonic() - began)))
 
 
 @contextmanager

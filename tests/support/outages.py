@@ -19,7 +19,6 @@ from mlflow import MlflowClient
 from tests.support.common import free_port, wait_for
 from tests.support.workspace import Run, Workspace, answers, runs_in, start_server, stop_server
 
-
 LOCKED_S = 60  # longer than a training and its end: a stage does not wait for the lock
 
 

@@ -6,7 +6,6 @@ loads one with the other. It holds no pickle beyond the checkpoint's tensors (`w
 
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable, Sequence
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -44,29 +43,26 @@ def models_of(client: MlflowClient, run: Run) -> Sequence[LoggedModel]:
     return list(client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'"))
 
 
-def log_model(client: MlflowClient, run: Run, train: Record, checkpoint: Path | None) -> bool:
-    """Create the LoggedModel of a run's checkpoint, or complete it; returns whether it changed.
+def log_model(client: MlflowClient, run: Run, train: Record, checkpoint: Path) -> bool:
+    """Create the LoggedModel of a run, or complete it; returns whether it changed.
 
     Args:
-        checkpoint: a file with the content of the record's checkpoint; None if there is none any more.
+        checkpoint: a file with the content of the record's checkpoint.
     """
-    tag = "checkpoint.sha256"
+    tag, info = "checkpoint.sha256", run.info
     model = next((model for model in models_of(client, run) if model.tags.get(tag) == train.checkpoint), None)
-    if (model and model.status == "READY") or not checkpoint:
+    if model and model.status == "READY":
         return False
     if not model:
-        info, source = (
-            run.info,
-            {name: value for name, value in train.tags.items() if name.startswith("mlflow.source.")},
-        )
-        tags = {tag: train.checkpoint, **source}
+        tags = {name: value for name, value in train.tags.items() if name.startswith("mlflow.source.")}
+        tags[tag] = train.checkpoint
         model = client.create_logged_model(info.experiment_id, NAME, info.run_id, tags, train.params, "text generation")
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / Path(train.checkpoint_file).name  # that in DVC's cache is named by its hash
         shutil.copyfile(checkpoint, file)
         _save_model(Path(temporary) / NAME, file)
         client.log_model_artifacts(model.model_id, str(Path(temporary) / NAME))
-    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, 0)])
+    client.log_outputs(info.run_id, [LoggedModelOutput(model.model_id, 0)])
     client.finalize_logged_model(model.model_id, "READY")
     return True
 
@@ -91,8 +87,7 @@ def link_metrics(client: MlflowClient, run: Run, records: Iterable[Record]) -> N
 def _save_model(folder: Path, checkpoint: Path) -> None:
     """Write the model as MLflow's folder."""
     package = Path(gpt.__file__).parent
-    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="An input example was not provided")
+    with tempfile.TemporaryDirectory() as temporary:
         code = Path(temporary) / package.name
         shutil.copytree(package, code, ignore=shutil.ignore_patterns("__pycache__"))
         mlflow.pyfunc.save_model(

@@ -73,21 +73,37 @@ def generation_memory(checkpoint: Checkpoint, params: GenerateParams, longest_pr
     return [*terms, Term({"generate.max_new_tokens": params.max_new_tokens}, BYTES_PER_STEP)] if kept else terms
 
 
+class StopFilter:
+    """Passes on the text up to the first stop string; text that may be the start of one is held back."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.found = False
+        self._stop, self._longest = stop, max(map(len, stop), default=1)
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Add text; returns what is ready."""
+        self._held += text
+        starts = [index for index in map(self._held.find, self._stop) if index >= 0]
+        self.found = bool(starts)
+        ready = min(starts) if starts else max(len(self._held) - self._longest + 1, 0)
+        passed, self._held = self._held[:ready], "" if self.found else self._held[ready:]
+        return passed
+
+    def end(self) -> str:
+        """The text that was held back, at the end of a text without a stop string."""
+        return self._held
+
+
 def stop_before(chunks: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass on the text up to the first stop string; text that may be the start of one is held back."""
-    longest = max(map(len, stop), default=1)
-    held = ""
+    """Pass on the text up to the first stop string."""
+    stop_filter = StopFilter(stop)
     for chunk in chunks:
-        held += chunk
-        found = [index for index in map(held.find, stop) if index >= 0]
-        if found:
-            yield held[: min(found)]
+        if ready := stop_filter.push(chunk):
+            yield ready
+        if stop_filter.found:
             return
-        ready = len(held) - longest + 1
-        if ready > 0:
-            yield held[:ready]
-            held = held[ready:]
-    yield held
+    yield stop_filter.end()
 
 
 def samples_document(checkpoint: Checkpoint, params: GenerateParams, digest: str, *, cached: bool) -> str:

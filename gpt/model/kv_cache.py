@@ -76,8 +76,9 @@ class KVCache:
 
     def copy_from(self, other: "KVCache") -> None:
         """Copy all sequences of another cache of the same model."""
-        self.keys_LBHSD.copy_(other.keys_LBHSD)
-        self.values_LBHSD.copy_(other.values_LBHSD)
+        end = int(other.lengths_B.max())
+        self.keys_LBHSD[..., :end, :] = other.keys_LBHSD[..., :end, :]
+        self.values_LBHSD[..., :end, :] = other.values_LBHSD[..., :end, :]
         self.tokens_BS.copy_(other.tokens_BS)
         self.lengths_B.copy_(other.lengths_B)
 

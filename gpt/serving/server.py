@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -66,7 +67,11 @@ def make_server(sources: Sequence[Source], options: ServerOptions) -> tuple[uvic
             "clients send as bearer key, or take the default host, which only this machine reaches"
         )
     listener = _listen(options)
-    pool = ModelPool(sources, max_batch_size=options.max_batch_size, max_queue_size=options.max_queue_size).load()
+    pool = ModelPool(sources, max_batch_size=options.max_batch_size, max_queue_size=options.max_queue_size)
+    with ExitStack() as stack:
+        stack.callback(listener.close)
+        pool.load()
+        stack.pop_all()
     hosts = (*options.allowed_hosts, options.host)
     config = uvicorn.Config(
         make_app(pool, options.limits, watch_s=options.watch_s, hosts=hosts, key=key),

@@ -16,7 +16,7 @@ from gpt.training.fingerprint import imported_files, name_of
 from tests.support.common import ROOT, STAGES, run
 from tests.support.project import clone
 
-COMMANDS = set(STAGES)
+COMMANDS = {*STAGES, "serve"}
 SOURCES = ["gpt", "stages", "benchmarks", "tests"]
 TOOLS = Path(sys.executable).parent
 
@@ -150,7 +150,7 @@ def test_the_lock_pins_public_versions_only() -> None:
 
 def test_help_lists_every_command_and_loads_no_torch() -> None:
     done = run([sys.executable, "-X", "importtime", "-m", "gpt", "--help"], ROOT)
-    for verb in (*STAGES, "explain", "export", "check-params"):
+    for verb in (*STAGES, "explain", "export", "serve", "check-params"):
         assert verb in done.stdout
     for heavy in ("torch", "pandas", "numpy", "pydantic", "tokenizers", "tiktoken", "matplotlib"):
         assert not re.search(rf"\| +{heavy}$", done.stderr, re.MULTILINE), heavy

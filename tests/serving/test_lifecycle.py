@@ -11,9 +11,9 @@ import pytest
 import requests
 
 from gpt.api import load
-from tests.conftest import RunGpt
+from tests.conftest import RunMain
 from tests.support import processes
-from tests.support.common import only_line, wait_for
+from tests.support.common import wait_for
 from tests.support.serving import Client, serving
 
 
@@ -54,7 +54,7 @@ def test_requests_that_outlast_the_grace_period_are_ended(trained: Path, tmp_pat
 
 
 @pytest.mark.parametrize("case", ["missing", "damaged", "same names", "port", "host"])
-def test_a_server_that_cannot_start_says_why(trained: Path, tmp_path: Path, gpt: RunGpt, case: str) -> None:
+def test_a_server_that_cannot_start_says_why(trained: Path, tmp_path: Path, run_main: RunMain, case: str) -> None:
     good, other = trained / "model.pt", tmp_path / "model.pt"
     other.write_bytes(good.read_bytes()[:-100])
     with serving(good) as server:
@@ -67,9 +67,7 @@ def test_a_server_that_cannot_start_says_why(trained: Path, tmp_path: Path, gpt:
                 "host": (["--checkpoint", good, "--host", "0.0.0.0"], "CHARGPT_API_KEY"),
             }
         )[case]
-        done = gpt("serve", *arguments)
-        assert done.returncode == 2
-    assert message in only_line(done.stderr)
+        assert message in run_main("serve", *arguments, code=2)
 
 
 def test_a_new_model_replaces_the_old_one_without_losing_a_request(trained: Path, tmp_path: Path) -> None:

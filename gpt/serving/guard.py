@@ -78,7 +78,10 @@ class Guard:
         except RequestError as error:
             await JSONResponse(error.content, error.status, error.headers)(scope, receive, send_counted)
         except TimeoutError:
-            log.warning("%s: the client did not read the answer, or not send the request, in time", scope["path"])
+            log.warning("%s: the client did not send the request or read the answer in time", scope["path"])
+            if not status:
+                error = RequestError(408, "the request was not complete in time", kind="timeout_error", code="timeout")
+                await JSONResponse(error.content, 408)(scope, receive, send_counted)
         finally:
             self._metrics.count_request(scope, status, time.monotonic() - began)
 

@@ -141,6 +141,18 @@ def test_a_client_that_does_not_read_is_disconnected(trained: Path, monkeypatch:
         assert server.complete(prompt="a", max_tokens=3)["text"]
 
 
+def test_a_client_that_does_not_send_its_request_is_disconnected(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "READ_S", 0.1)
+    with serving(trained / "model.pt", limits=Limits(timeout_s=0.3)) as server, socket.socket() as connection:
+        connection.connect(("127.0.0.1", int(server.address.rpartition(":")[2])))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n".encode())
+        connection.settimeout(5)
+        assert b"408" in connection.recv(1000).splitlines()[0]
+
+
 def test_a_failed_step_ends_its_requests_only(server: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "add", lambda *_: 1 / 0)

@@ -22,6 +22,7 @@ VERBS = {
     "generate": "Generate text from a checkpoint.",
     "explain": "Print the attention scores of a checkpoint for a text; plot its attention, positions and embeddings.",
     "export": "Export a checkpoint: as safetensors, or for the library transformers.",
+    "serve": "Serve checkpoints over HTTP: OpenAI's completions API, and a page to explore them.",
     "check-params": "Check all sections of a params file.",
 }
 CONSOLE_SCRIPT = "chargpt"

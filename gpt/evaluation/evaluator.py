@@ -78,16 +78,14 @@ def evaluate(*, params: EvaluateParams, checkpoint: Checkpoint, data: TokenData)
     copies, reference = find_copies(samples, corpus), find_copies(real_texts, corpus)
     bigram = bigram_loss(data.train, data.val, data.meta.vocab_size)
     metrics = {
-        "eval/bits_per_char": bits,
-        "eval/bigram_bits_per_char": bigram * len(data.val) * per_character,
-        "eval/calibration_error": calibration_error(calibration),
-        "eval/longest_copy": len(copies.longest),
-        "eval/copied": copies.share,
+        "val/bits_per_char": bits,
+        "val/bigram_bits_per_char": bigram * len(data.val) * per_character,
+        "val/calibration_error": calibration_error(calibration),
+        "val/longest_copy": len(copies.longest),
+        "val/copied_windows": copies.share,
     }
     loss = nats / len(data.val)
-    accuracy = (
-        f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['eval/calibration_error']:.1%}"
-    )
+    accuracy = f"top-1 accuracy {correct.mean():.1%}; expected calibration error {metrics['val/calibration_error']:.1%}"
     return Evaluation(
         metrics,
         loss_by_position(by_batch),

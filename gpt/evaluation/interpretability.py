@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gpt.model import positions
 from gpt.model.attention import AttentionInputs, AttentionScores, SelfAttention, reference_attention
 from gpt.model.baselines import Average, Bigram
-from gpt.model.gpt import LanguageModel
+from gpt.model.gpt import GPT, LanguageModel
 
 Numbers = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -84,6 +84,33 @@ def inspect_model(
         vocabulary=tuple(printable_token(decode([token])) for token in range(len(embeddings_VC))),
         embeddings=_to_numpy(embeddings_VC),
     )
+
+
+@dataclass(frozen=True)
+class NgramLookup:
+    """An n-gram that ends at a position, and the row of its embedding; `shared` if other n-grams have the same row."""
+
+    position: int
+    n: int
+    tokens: tuple[int, ...]
+    row: int
+    rows: int
+    shared: bool
+
+
+def ngram_lookups(model: LanguageModel, tokens: Sequence[int]) -> list[NgramLookup]:
+    """The n-gram embeddings that a model looks up for a text; before its first token, n-grams contain token 0."""
+    embeddings = model.ngram_embeddings if isinstance(model, GPT) else None
+    if embeddings is None:
+        return []
+    found = []
+    for n, rows_BT in enumerate(embeddings.rows(torch.tensor([list(tokens)])), start=2):
+        padded, size = [0] * (n - 1) + list(tokens), embeddings.tables[n - 2].num_embeddings
+        assert isinstance(size, int)
+        for position, row in enumerate(rows_BT[0].tolist()):
+            ngram = tuple(padded[position : position + n])
+            found.append(NgramLookup(position, n, ngram, row, size, size < embeddings.vocab_size**n))
+    return found
 
 
 def printable_token(token: str) -> str:

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gpt.generation.sampling import SamplingParams, next_token_probabilities, sample_tokens
+from gpt.generation.sampling import Sampler, SamplingParams, sample_tokens
 from gpt.model.gpt import LanguageModel
-from gpt.model.kv_cache import KVCache
+from gpt.model.kv_cache import KVCache, round_up
+
+MIN_ROWS = 4  # of a matrix product: torch has other kernels for fewer rows, which round differently
 
 
 @torch.inference_mode()
@@ -25,68 +27,91 @@ def generate_tokens(
         seeds: one for each prompt. The same seed gives the same tokens.
         cached: see `Decoder`.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    decoder = Decoder(model, cached=cached)
-    logits_BV = decoder.prefill(prompts)
-    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
-    for sequence, prompt in enumerate(prompts):
-        seen_BV[sequence, list(prompt)] = True
+    decoder = Decoder(model, len(prompts), cached=cached)
+    logits_BV = torch.stack([decoder.add(prompt)[-1] for prompt in prompts])
+    vocab_size = logits_BV.shape[-1]
+    samplers = [Sampler(params, seed, prompt, vocab_size) for prompt, seed in zip(prompts, seeds, strict=True)]
     for step in range(1, params.max_new_tokens + 1):
-        tokens = sample_tokens(next_token_probabilities(logits_BV, seen_BV, params), generators)
+        tokens = sample_tokens(logits_BV, samplers)
         yield tokens
         if step < params.max_new_tokens:
-            seen_BV[range(len(tokens)), tokens] = True
             logits_BV = decoder.step(tokens)
 
 
 class Decoder:
-    """Computes the logits of the next token for a batch of growing sequences, each in a window of `block_size` tokens.
+    """Computes the logits of the next token for growing sequences, each in a window of `block_size` tokens.
+
+    Sequences can be added and removed at any time. They are computed as one batch, but the logits of a sequence do not
+    depend on the others: products have at least `MIN_ROWS` rows, lengths are padded to a multiple of `LENGTH_STEP`, and
+    each sequence is prefilled alone.
 
     Of a longer prompt the window holds the end. A full window keeps its last half and the next token, and is prefilled
     again, since the position of every token changes. This is the same for all position schemes.
 
     Args:
+        capacity: largest number of sequences at a time.
         cached: keep keys and values, so that a step computes one token; without, every step computes the whole window.
     """
 
-    def __init__(self, model: LanguageModel, *, cached: bool = True) -> None:
-        self._model, self._cached = model, cached
-        self._block_size = model.config.block_size
+    def __init__(self, model: LanguageModel, capacity: int, *, cached: bool = True) -> None:
+        self._model, self._block_size = model, model.config.block_size
+        self._cache = model.make_cache(max(capacity, MIN_ROWS)) if cached else None
         self._windows: list[list[int]] = []
-        self._cache: KVCache | None = None
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Start with these prompts; returns logits (B, V), float32 on the CPU."""
-        self._windows = [list(prompt[-self._block_size :]) for prompt in prompts]
-        self._cache = self._model.make_cache(len(prompts)) if self._cached else None
-        return self._prefill(list(range(len(prompts))))
+    @torch.inference_mode()
+    def add(self, prompt: Sequence[int]) -> Tensor:
+        """Add a sequence as the last one; returns the logits at all positions of its window, (T, V), on the CPU."""
+        self._windows.append(list(prompt[-self._block_size :]))
+        return self._prefill(len(self._windows) - 1)
 
+    def remove(self, sequence: int) -> None:
+        """Remove a sequence; the last one takes its place."""
+        last = len(self._windows) - 1
+        if self._cache and sequence != last:
+            self._row(self._cache, sequence).copy_from(self._row(self._cache, last))
+        self._windows[sequence] = self._windows[last]
+        self._windows.pop()
+
+    @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each sequence; returns logits (B, V), float32 on the CPU."""
-        overflowed = []
+        prefilled = []
         for sequence, (window, token) in enumerate(zip(self._windows, tokens, strict=True)):
             window.append(token)
             if len(window) > self._block_size:
                 del window[: -(self._block_size // 2 + 1)]
-                overflowed.append(sequence)
-        if self._cache is None or len(overflowed) == len(tokens):
-            return self._prefill(list(range(len(tokens))))
-        self._cache.reset(overflowed)  # they stay in the batch; their logits are replaced below
-        last_B1 = torch.tensor(tokens, device=self._model.device)[:, None]
-        logits_BV: Tensor = self._model(last_B1, self._cache)[:, -1].float().cpu()
-        self._cache.advance(1)
-        if overflowed:
-            logits_BV[overflowed] = self._prefill(overflowed)
+                prefilled.append(sequence)
+        if self._cache is None or len(prefilled) == len(tokens):
+            return torch.stack([self._prefill(sequence)[-1] for sequence in range(len(tokens))])
+        for sequence in prefilled:  # they stay in the batch; their logits are replaced below
+            self._row(self._cache, sequence).clear()
+        logits_BV = self._next(self._cache, tokens)
+        for sequence in prefilled:
+            logits_BV[sequence] = self._prefill(sequence)[-1]
         return logits_BV
 
-    def _prefill(self, sequences: list[int]) -> Tensor:
-        """Compute the windows of some sequences from the start, the shorter ones padded at the end."""
-        windows = [self._windows[sequence] for sequence in sequences]
-        lengths_B = torch.tensor([len(window) for window in windows], device=self._model.device)
-        padded = [window + [0] * (int(lengths_B.max()) - len(window)) for window in windows]
-        cache = self._model.make_cache(len(sequences)) if self._cache else None
-        logits_BTV: Tensor = self._model(torch.tensor(padded, device=self._model.device), cache)
-        if self._cache and cache:
-            cache.advance(lengths_B)
-            self._cache.copy_from(cache, sequences)
-        return logits_BTV[range(len(windows)), lengths_B - 1].float().cpu()
+    def _next(self, cache: KVCache, tokens: Sequence[int]) -> Tensor:
+        """Compute one token of each sequence, (B, V); unused rows of the cache fill the batch up to `MIN_ROWS`."""
+        rows = max(len(tokens), MIN_ROWS)
+        cache.rows(len(tokens), rows).clear()
+        batch = cache.rows(0, rows)
+        last_B1 = torch.tensor([*tokens, *[0] * (rows - len(tokens))], device=self._model.device)[:, None]
+        logits_BTV: Tensor = self._model(last_B1, batch)
+        batch.advance(1)
+        return logits_BTV[: len(tokens), -1].float().cpu()
+
+    def _prefill(self, sequence: int) -> Tensor:
+        """Compute the window of a sequence from the start, (T, V)."""
+        window = self._windows[sequence]
+        padding = min(round_up(len(window)), self._block_size) - len(window)
+        row = self._row(self._cache, sequence) if self._cache else None
+        if row:
+            row.clear()
+        logits_BTV: Tensor = self._model(torch.tensor([window + [0] * padding], device=self._model.device), row)
+        if row:
+            row.advance(len(window))
+        return logits_BTV[0, : len(window)].float().cpu()
+
+    @staticmethod
+    def _row(cache: KVCache, sequence: int) -> KVCache:
+        return cache.rows(sequence, sequence + 1)

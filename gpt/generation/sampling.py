@@ -29,6 +29,11 @@ class SamplingParams(Section):
     repetition_penalty: PositiveFloat = 1.0
     seed: Seed = 1337
 
+    @property
+    def filters(self) -> tuple[float | None, ...]:
+        """The settings that determine the probabilities of the next token."""
+        return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+
 
 def next_token_probabilities(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> Tensor:
     """Apply the repetition penalty, the temperature, the filters and softmax, in this order, (B, V).
@@ -79,9 +84,35 @@ def filter_min_p(logits_BV: Tensor, p: float | None) -> Tensor:
     return logits_BV.masked_fill(probabilities_BV < p * probabilities_BV.max(-1, keepdim=True).values, -torch.inf)
 
 
-def sample_tokens(probabilities_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-    """Sample one token for each sequence, with a random generator for each."""
-    return [
-        int(torch.multinomial(probabilities_V, 1, generator=generator))
-        for probabilities_V, generator in zip(probabilities_BV, generators, strict=True)
-    ]
+class Sampler:
+    """Samples the tokens of one sequence: its settings, its random generator and the tokens that it contains.
+
+    Args:
+        seed: replaces that of the settings. The same seed gives the same tokens.
+    """
+
+    def __init__(self, params: SamplingParams, seed: int, prompt: Sequence[int], vocab_size: int) -> None:
+        self.params = params
+        self.seen_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self.seen_V[list(prompt)] = True
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def sample(self, probabilities_V: Tensor) -> int:
+        """Sample one token and remember that the sequence contains it."""
+        token = int(torch.multinomial(probabilities_V, 1, generator=self._generator))
+        self.seen_V[token] = True
+        return token
+
+
+def sample_tokens(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Sample the next token of each sequence; those with equal settings are computed as one batch."""
+    groups: dict[tuple[float | None, ...], list[int]] = {}
+    for sequence, sampler in enumerate(samplers):
+        groups.setdefault(sampler.params.filters, []).append(sequence)
+    tokens = [0] * len(samplers)
+    for sequences in groups.values():
+        seen_BV = torch.stack([samplers[sequence].seen_V for sequence in sequences])
+        probabilities_BV = next_token_probabilities(logits_BV[sequences], seen_BV, samplers[sequences[0]].params)
+        for sequence, probabilities_V in zip(sequences, probabilities_BV, strict=True):
+            tokens[sequence] = samplers[sequence].sample(probabilities_V)
+    return tokens

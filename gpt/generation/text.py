@@ -1,6 +1,7 @@
 """Text generation: continue prompts with a trained model, as a stream of chunks or as one document."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import tee
 from operator import itemgetter
 from typing import Annotated
@@ -58,36 +59,64 @@ def generate_texts(
 
 def generation_memory(checkpoint: Checkpoint, params: GenerateParams, longest_prompt: int) -> list[Term]:
     """An estimate of the memory; stop strings may end a text long before `max_new_tokens`."""
-    model, vocab_size = checkpoint.model, checkpoint.tokenizer.vocab_size
     samples = {"generate.samples": params.samples, "generate.prompts": len(params.prompts)}
     batch = min(BATCH_SIZE, params.samples * len(params.prompts))
-    window = min(model.block_size, longest_prompt + params.max_new_tokens)
     terms = [
-        *(term.times(COPIES) for term in weights(model, vocab_size)),
-        *position_tables(model),
-        *activations(model, vocab_size, {"generate.samples": batch}, window, backward=False),
-        *cache(model, batch),
+        *decoding_memory(checkpoint, {"generate.samples": batch}, longest_prompt + params.max_new_tokens),
         Term(samples, BYTES_PER_SAMPLE),
     ]
     kept = batch > 1 and not params.stop
     return [*terms, Term({"generate.max_new_tokens": params.max_new_tokens}, BYTES_PER_STEP)] if kept else terms
 
 
+def decoding_memory(checkpoint: Checkpoint, batch: Mapping[str, int], length: int) -> list[Term]:
+    """An estimate of the memory of a model and its decoder.
+
+    Args:
+        batch: number of sequences, by the key or option that it depends on.
+        length: tokens of the longest sequence.
+    """
+    model, vocab_size = checkpoint.model, checkpoint.tokenizer.vocab_size
+    return [
+        *(term.times(COPIES) for term in weights(model, vocab_size)),
+        *position_tables(model),
+        *activations(model, vocab_size, batch, 1, backward=False),
+        *activations(model, vocab_size, {}, min(model.block_size, length), backward=False),
+        *cache(model, math.prod(batch.values())),
+    ]
+
+
+class StopFilter:
+    """Passes on the text up to the first stop string; text that may be the start of one is held back."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.found = False
+        self._stop, self._longest = stop, max(map(len, stop), default=1)
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Add text; returns what is ready."""
+        self._held += text
+        starts = [index for index in map(self._held.find, self._stop) if index >= 0]
+        self.found = bool(starts)
+        ready = min(starts) if starts else max(len(self._held) - self._longest + 1, 0)
+        passed, self._held = self._held[:ready], "" if self.found else self._held[ready:]
+        return passed
+
+    def end(self) -> str:
+        """The text that was held back, at the end of a text without a stop string."""
+        return self._held
+
+
 def stop_before(chunks: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pass on the text up to the first stop string; text that may be the start of one is held back."""
-    longest = max(map(len, stop), default=1)
-    held = ""
+    """Pass on the text up to the first stop string."""
+    stop_filter = StopFilter(stop)
     for chunk in chunks:
-        held += chunk
-        found = [index for index in map(held.find, stop) if index >= 0]
-        if found:
-            yield held[: min(found)]
+        if ready := stop_filter.push(chunk):
+            yield ready
+        if stop_filter.found:
             return
-        ready = len(held) - longest + 1
-        if ready > 0:
-            yield held[:ready]
-            held = held[ready:]
-    yield held
+    yield stop_filter.end()
 
 
 def samples_document(checkpoint: Checkpoint, params: GenerateParams, digest: str, *, cached: bool) -> str:

@@ -69,9 +69,9 @@ class SelfAttention(nn.Module):
             q_BTHD, k_BTHD = self.norm(q_BTHD, (self.head_size,)), self.norm(k_BTHD, (self.head_size,))
         if self.rotary:
             q_BTHD, k_BTHD = self.rotary(q_BTHD, positions_BT), self.rotary(k_BTHD, positions_BT)
-        if cache:
-            k_BTHD, v_BTHD = cache.update(self.layer, k_BTHD, v_BTHD)
         q_BHTD, k_BHSD, v_BHSD = (x_BTHD.transpose(1, 2) for x_BTHD in (q_BTHD, k_BTHD, v_BTHD))
+        if cache:
+            k_BHSD, v_BHSD = cache.update(self.layer, k_BHSD, v_BHSD)
         if q_BHTD.device.type == "cpu":  # in bfloat16 the backward pass takes five times as long there
             q_BHTD, k_BHSD, v_BHSD = q_BHTD.float(), k_BHSD.float(), v_BHSD.float()
         if positions_BT is None and not self.bias:

@@ -43,8 +43,8 @@ class Average(LanguageModel):
         length = tokens_BT.shape[1]
         positions = torch.arange(length, device=self.device) if cache is None else cache.positions(length)
         if cache:
-            cached_BSHC, _ = cache.update(0, x_BSC[:, :, None], x_BSC[:, :, None])
-            x_BSC = cached_BSHC.squeeze(2)
+            cached_BHSC, _ = cache.update(0, x_BSC[:, None], x_BSC[:, None])
+            x_BSC = cached_BHSC.squeeze(1)
         mask = positions[..., None] >= torch.arange(x_BSC.shape[1], device=self.device)
         weights = mask / mask.sum(-1, keepdim=True)
         logits_BTV: Tensor = self.output(weights @ x_BSC)

@@ -5,7 +5,7 @@ vocabulary. Attention, position schemes and the key-value cache have a module ea
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,15 +38,19 @@ class NgramEmbeddings(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Embed the n-grams that end at each position, (B, T) to (B, T, C); missing earlier tokens count as token 0."""
-        ngrams_BT, embeddings = tokens_BT, []
+        embeddings = [table(rows_BT) for table, rows_BT in zip(self.tables, self.rows(tokens_BT), strict=True)]
+        mixed_BTC: Tensor = self.mix(torch.cat(embeddings, dim=-1))
+        return mixed_BTC
+
+    def rows(self, tokens_BT: Tensor) -> Iterator[Tensor]:
+        """The rows of the tables for n = 2, 3, … that are looked up, (B, T) each."""
+        ngrams_BT = tokens_BT
         for n, table in enumerate(self.tables, start=2):
             assert isinstance(table, nn.Embedding)
             earlier_BT = F.pad(tokens_BT, (n - 1, 0))[:, : tokens_BT.shape[1]]
             ngrams_BT = ngrams_BT + pow(self.vocab_size, n - 1, MAX_FACTOR) * earlier_BT
             rows = table.num_embeddings
-            embeddings.append(table(ngrams_BT if rows == self.vocab_size**n else hash_ngrams(ngrams_BT, rows)))
-        mixed_BTC: Tensor = self.mix(torch.cat(embeddings, dim=-1))
-        return mixed_BTC
+            yield ngrams_BT if rows == self.vocab_size**n else hash_ngrams(ngrams_BT, rows)
 
 
 def hash_ngrams(ngrams: Tensor, rows: int) -> Tensor:
@@ -153,8 +157,8 @@ class LanguageModel(nn.Module):
 
     def make_cache(self, batch_size: int) -> KVCache:
         """An empty cache of `block_size` tokens for each sequence."""
-        shape = (self._layers, batch_size, self.config.block_size, self._heads, self.config.n_embd // self._heads)
-        return KVCache(shape, self.device)
+        shape = (self._layers, batch_size, self._heads, self.config.block_size, self.config.n_embd // self._heads)
+        return KVCache.empty(shape, self.device)
 
     def init_weights(self) -> None:
         """Normal weights with deviation 0.02, scaled down where added to the residual stream (GPT-2, section 2.3)."""

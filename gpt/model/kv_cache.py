@@ -1,9 +1,15 @@
 """Key-value cache: keys and values of earlier tokens, so that generation computes each token once."""
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
+LENGTH_STEP = 16  # attention is computed over a multiple of this number of keys
 
+
+@dataclass(frozen=True)
 class KVCache:
     """Keys and values of all layers in tensors of fixed size (Pope et al. 2022).
 
@@ -11,12 +17,30 @@ class KVCache:
     n-gram embeddings need the previous ones. L layers, S positions, H heads of D channels.
     """
 
-    def __init__(self, shape_LBSHD: tuple[int, int, int, int, int], device: torch.device) -> None:
-        batch_size, max_length = shape_LBSHD[1:3]
-        self._keys_LBSHD, self._values_LBSHD = (torch.zeros(shape_LBSHD, device=device) for _ in range(2))
-        self._tokens_BS = torch.zeros(batch_size, max_length, dtype=torch.int64, device=device)
-        self._sequences_B1 = torch.arange(batch_size, device=device)[:, None]
-        self.lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    keys_LBHSD: Tensor
+    values_LBHSD: Tensor
+    tokens_BS: Tensor
+    lengths_B: Tensor
+
+    @classmethod
+    def empty(cls, shape_LBHSD: tuple[int, int, int, int, int], device: torch.device) -> Self:
+        """A cache of sequences without tokens; S is rounded up to a multiple of `LENGTH_STEP`."""
+        layers, batch_size, heads, length, head_size = shape_LBHSD
+        length = round_up(length)
+        keys, values = (torch.zeros(layers, batch_size, heads, length, head_size, device=device) for _ in range(2))
+        tokens, lengths = (
+            torch.zeros(size, dtype=torch.int64, device=device) for size in ((batch_size, length), batch_size)
+        )
+        return cls(keys, values, tokens, lengths)
+
+    def rows(self, first: int, last: int) -> Self:
+        """The sequences from `first` to before `last`, in the same memory."""
+        return type(self)(
+            self.keys_LBHSD[:, first:last],
+            self.values_LBHSD[:, first:last],
+            self.tokens_BS[first:last],
+            self.lengths_B[first:last],
+        )
 
     def positions(self, count: int) -> Tensor:
         """Positions of the next `count` tokens of each sequence, (B, T)."""
@@ -24,28 +48,41 @@ class KVCache:
 
     def append_tokens(self, tokens_BT: Tensor, previous: int) -> Tensor:
         """Store the next tokens and return them after the `previous` tokens before them, padded at the start with 0."""
-        self._tokens_BS[self._sequences_B1, self.positions(tokens_BT.shape[1])] = tokens_BT
+        self.tokens_BS.scatter_(1, self.positions(tokens_BT.shape[1]), tokens_BT)
         before_BT = self.lengths_B[:, None] - torch.arange(previous, 0, -1, device=tokens_BT.device)
-        earlier_BT = self._tokens_BS.gather(1, before_BT.clamp(min=0)).masked_fill(before_BT < 0, 0)
+        earlier_BT = self.tokens_BS.gather(1, before_BT.clamp(min=0)).masked_fill(before_BT < 0, 0)
         return torch.cat([earlier_BT, tokens_BT], dim=1)
 
-    def update(self, layer: int, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values of the next tokens; return those of all positions, (B, S, H, D) each."""
-        count = k_BTHD.shape[1]
-        positions_BT, end = self.positions(count), int(self.lengths_B.max()) + count
-        keys_BSHD, values_BSHD = self._keys_LBSHD[layer], self._values_LBSHD[layer]
-        keys_BSHD[self._sequences_B1, positions_BT], values_BSHD[self._sequences_B1, positions_BT] = k_BTHD, v_BTHD
-        return keys_BSHD[:, :end], values_BSHD[:, :end]
+    def update(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values of the next tokens; return those of all positions, (B, H, S, D) each.
 
-    def advance(self, tokens_B: Tensor | int) -> None:
-        """Count the tokens that all layers have stored, one number for each sequence or one for all."""
-        self.lengths_B += tokens_B
+        S is a multiple of `LENGTH_STEP`, so that what the kernels compute for a sequence does not depend on the others.
+        """
+        count = k_BHTD.shape[2]
+        positions_BT, end = self.positions(count), round_up(int(self.lengths_B.max()) + count)
+        sequences_B1 = torch.arange(len(self.lengths_B), device=positions_BT.device)[:, None]
+        keys_BHSD, values_BHSD = self.keys_LBHSD[layer], self.values_LBHSD[layer]
+        keys_BHSD[sequences_B1, :, positions_BT] = k_BHTD.transpose(1, 2)
+        values_BHSD[sequences_B1, :, positions_BT] = v_BHTD.transpose(1, 2)
+        return keys_BHSD[:, :, :end], values_BHSD[:, :, :end]
 
-    def reset(self, sequences: list[int]) -> None:
-        """Empty the cache of these sequences."""
-        self.lengths_B[sequences] = 0
+    def advance(self, tokens: int) -> None:
+        """Count the tokens that all layers have stored."""
+        self.lengths_B.add_(tokens)
 
-    def copy_from(self, other: "KVCache", sequences: list[int]) -> None:
-        """Copy all sequences of another cache of the same model into these sequences."""
-        self._keys_LBSHD[:, sequences], self._values_LBSHD[:, sequences] = other._keys_LBSHD, other._values_LBSHD
-        self._tokens_BS[sequences], self.lengths_B[sequences] = other._tokens_BS, other.lengths_B
+    def clear(self) -> None:
+        """Remove the tokens of all sequences."""
+        self.lengths_B.zero_()
+
+    def copy_from(self, other: "KVCache") -> None:
+        """Copy all sequences of another cache of the same model."""
+        end = int(other.lengths_B.max())
+        self.keys_LBHSD[..., :end, :] = other.keys_LBHSD[..., :end, :]
+        self.values_LBHSD[..., :end, :] = other.values_LBHSD[..., :end, :]
+        self.tokens_BS.copy_(other.tokens_BS)
+        self.lengths_B.copy_(other.lengths_B)
+
+
+def round_up(length: int) -> int:
+    """The next multiple of `LENGTH_STEP`."""
+    return -(-length // LENGTH_STEP) * LENGTH_STEP

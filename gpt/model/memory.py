@@ -96,8 +96,8 @@ def activations(
 
 
 def cache(config: ModelConfig, sequences: int) -> list[Term]:
-    """Two key-value caches for this number of sequences: that of the decoder, and that of a prefill."""
-    per_layer = Term({"model.block_size": config.block_size, "model.n_embd": config.n_embd}, 4 * FLOAT * sequences)
+    """The key-value cache of this number of sequences."""
+    per_layer = Term({"model.block_size": config.block_size, "model.n_embd": config.n_embd}, 2 * FLOAT * sequences)
     return [per_layer.times(_layers(config))]
 
 

@@ -196,7 +196,7 @@ def _write(trainer: Trainer, outputs: Outputs, history: History) -> None:
         "val/best_loss": progress.best_loss,
         "val/best_step": progress.best_step,
         "train/loss_at_best_step": {record.step: record.train_loss for record in history.records}[progress.best_step],
-        "model/parameters": count_parameters(trainer.model),
+        "train/parameters": count_parameters(trainer.model),
     }
     write_metrics(outputs.metrics, metrics)
     steps = f"step {progress.best_step:,} of {progress.step:,}"

@@ -14,7 +14,7 @@ from gpt.core.files import read_json
 from stages.runs.run_record import COMMIT, DIRTY, Record, artifacts, read
 
 LONGEST_SAMPLE, LONGEST_NAME = 1500, 500  # characters; the whole text has to fit into one MLflow tag, 8,000
-LEADING = ("val/best_loss", "eval/bits_per_char")  # the metrics by which models are compared
+LEADING = ("val/best_loss", "val/bits_per_char")  # the metrics by which models are compared
 WIDTH = 90  # of lines in code blocks; wider ones push the neighbouring column off the screen
 
 
@@ -69,11 +69,11 @@ def _model_card(train: Record, metrics: Mapping[str, float]) -> Iterator[str]:
         )
         vocabulary = f"{data.get('kind')} tokenizer with {data.get('vocab_size', 0):,} tokens"
         lines["Data"] = f"text with SHA-256 `{str(data.get('corpus_sha256'))[:12]}…`, {splits}; {vocabulary}."
-    if bits := get("eval/bits_per_char"):
-        baseline = f"; bigram frequencies: {get('eval/bigram_bits_per_char', math.nan):.3f}"
-        error = f"{get('eval/calibration_error', math.nan):.1%}"
+    if bits := get("val/bits_per_char"):
+        baseline = f"; bigram frequencies: {get('val/bigram_bits_per_char', math.nan):.3f}"
+        error = f"{get('val/calibration_error', math.nan):.1%}"
         lines["Quality"] = f"{bits:.3f} bits per character of the validation text{baseline}. Calibration error {error}."
-        copied, longest = get("eval/copied", math.nan), get("eval/longest_copy", math.nan)
+        copied, longest = get("val/copied_windows", math.nan), get("val/longest_copy", math.nan)
         lines["Memorization"] = (
             f"{copied:.1%} of the 30-character windows of generated text occur in the training text; the longest copy "
             f"has {longest:.0f} characters."

@@ -30,7 +30,7 @@ REPORT = "promotion/report.md"  # artifact of the run
 HEADING = "## Promotion"  # in a version's description: what is above belongs to the user
 ROLLED_BACK = "promotion.rolled_back"  # tag of a version
 BLOCKS, METRICS = "blocks.csv", "evaluate.json"  # artifacts of the stage evaluate
-BITS = "eval/bits_per_char"  # its metric
+BITS = "val/bits_per_char"  # its metric
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class Registry:
             checkpoint=checkpoint,
             corpus=_corpus(run),
             blocks=pd.read_csv(StringIO(blocks)),
-            calibration_error=metrics["eval/calibration_error"],
-            copied=metrics["eval/copied"],
+            calibration_error=metrics["val/calibration_error"],
+            copied=metrics["val/copied_windows"],
             params=run.data.params,
             bits_of_seeds=self._bits_of_seeds(run),
             stored=stored,

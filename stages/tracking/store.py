@@ -85,7 +85,7 @@ class Store:
         A shared view of MLflow's UI, which it keeps in a tag of the experiment.
         """
         columns = [f"attributes.`{name}`" for name in ("Duration", "Models")]
-        columns += [f"metrics.`{name}`" for name in ("val/best_loss", "eval/bits_per_char", "train/loss")]
+        columns += [f"metrics.`{name}`" for name in ("val/best_loss", "val/bits_per_char", "train/loss")]
         view = {"orderByKey": "metrics.`val/best_loss`", "orderByAsc": True, "selectedColumns": columns}
         self.client.set_experiment_tag(self._experiment, "mlflow.sharedViewState.loss", json.dumps(view))
         return f"#/experiments/{self._experiment}/runs?workflowType=machine_learning&viewStateShareKey=loss"

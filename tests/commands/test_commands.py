@@ -45,7 +45,7 @@ def test_train_writes_its_outputs_and_no_other_files(trained: Path) -> None:
     assert files == tables | {"params.yaml", "model.pt", "metrics/train.json", "gpt_nano.log"}
     metrics = json.loads((trained / "metrics" / "train.json").read_text())
     about = load_checkpoint(trained / "model.pt").about
-    assert list(metrics) == ["val/best_loss", "val/best_step", "train/loss_at_best_step", "model/parameters"]
+    assert list(metrics) == ["val/best_loss", "val/best_step", "train/loss_at_best_step", "train/parameters"]
     assert (metrics["val/best_step"], metrics["val/best_loss"]) == (about["step"], round(about["val_loss"], 4))
     header, *rows = (trained / "plots" / "history.csv").read_text().splitlines()
     assert header == "step,train/loss,train/learning_rate,train/grad_norm"
@@ -62,12 +62,12 @@ def test_evaluate_reproduces_the_validation_loss_of_training(
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
     metrics = json.loads((tmp_path / "evaluate.json").read_text())
     val_loss = load_checkpoint(trained / "model.pt").about["val_loss"]
-    expected = ["bits_per_char", "bigram_bits_per_char", "calibration_error", "longest_copy", "copied"]
-    assert list(metrics) == [f"eval/{name}" for name in expected]
+    expected = ["bits_per_char", "bigram_bits_per_char", "calibration_error", "longest_copy", "copied_windows"]
+    assert list(metrics) == [f"val/{name}" for name in expected]
     bigram = re.search(r"bigram ([\d.]+)", printed)
     assert bigram
-    assert metrics["eval/bigram_bits_per_char"] == pytest.approx(float(bigram[1]) / math.log(2), abs=0.001)
-    assert metrics["eval/bits_per_char"] == pytest.approx(val_loss / math.log(2), abs=0.001)
+    assert metrics["val/bigram_bits_per_char"] == pytest.approx(float(bigram[1]) / math.log(2), abs=0.001)
+    assert metrics["val/bits_per_char"] == pytest.approx(val_loss / math.log(2), abs=0.001)
     assert f"loss {val_loss:.4f} nats" in printed
     assert len((tmp_path / "positions.csv").read_text().splitlines()) == 1 + 32
     assert len((tmp_path / "blocks.csv").read_text().splitlines()) == 1 + 100

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import vl_convert
-from playwright.sync_api import Browser, Page, Route, ViewportSize, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, expect, sync_playwright
 
 from stages.runs.publish import connect
 from stages.runs.run_record import COMMIT, EXPERIMENT
@@ -68,7 +69,7 @@ def address(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def test_the_table_of_runs_has_the_losses(page: Page, address: str, project: Path) -> None:
     page.goto(f"{address.partition('#')[0]}{connect(project, EXPERIMENT).loss_view()}")
-    for metric in ("val/best_loss", "eval/bits_per_char", "train/loss"):
+    for metric in ("val/best_loss", "val/bits_per_char", "train/loss"):
         expect(page.get_by_role("columnheader", name=metric).first).to_be_visible()
     (found,) = runs(project)
     expect(page.get_by_role("gridcell", name=f"{found.data.metrics['val/best_loss']:.4f}").first).to_be_visible()
@@ -107,7 +108,7 @@ def test_the_description_shows_metrics_a_sample_and_commands(run_page: Page, pro
     run_page.get_by_role("button", name="Expand description").click()
     description = run_page.get_by_test_id("note-editor-preview-content")
     metrics = json.loads((project / "metrics" / "evaluate.json").read_text())
-    expect(description.get_by_role("cell", name=f"{metrics['eval/bits_per_char']:.4f}").first).to_be_visible()
+    expect(description.get_by_role("cell", name=f"{metrics['val/bits_per_char']:.4f}").first).to_be_visible()
     blocks = [block.strip() for block in description.locator("pre").all_inner_texts()]
     assert (project / "generation_out.txt").read_text().strip() in blocks
     (found,) = runs(project)
@@ -121,7 +122,7 @@ def test_the_description_shows_metrics_a_sample_and_commands(run_page: Page, pro
 @pytest.mark.parametrize(
     ("tab", "metrics"),
     [
-        ("Model metrics", ["train/loss", "val/loss", "train/learning_rate", "eval/bits_per_char"]),
+        ("Model metrics", ["train/loss", "val/loss", "train/learning_rate", "val/bits_per_char"]),
         ("System metrics", ["system/cpu_utilization_percentage", "system/system_memory_usage_percentage"]),
     ],
 )
@@ -129,9 +130,31 @@ def test_metrics_are_shown_as_charts(run_page: Page, tab: str, metrics: list[str
     run_page.get_by_role("tab", name=tab).click()
     for metric in metrics:
         run_page.get_by_placeholder("Search metric charts").fill(metric)
-        title = run_page.locator(f"h4[title='{metric}']")
-        card = run_page.get_by_test_id("experiment-view-compare-runs-card").filter(has=title)
-        expect(card.locator("svg .trace path").first).to_be_visible()
+        expect(chart(run_page, metric).locator("svg .trace path").first).to_be_visible()
+
+
+@pytest.mark.parametrize("view", ["run", "experiment"])
+def test_charts_open_with_a_loss_curve(page: Page, address: str, view: str) -> None:
+    """MLflow sorts groups and charts by name; a metric that has one value is a bar."""
+    if view == "run":
+        page.goto(address)
+        page.get_by_role("tab", name="Model metrics").click()
+    else:
+        page.goto(f"{address.partition('/runs/')[0]}/runs?workflowType=machine_learning&compareRunsMode=CHART")
+    loss = chart(page, "train/loss")
+    expect(loss.locator("svg .scatterlayer .trace path").first).to_be_visible()
+    expect(loss).to_be_in_viewport(ratio=1)
+    expect(page.get_by_test_id("experiment-view-compare-runs-section-header").first).to_have_text(
+        re.compile(r"^train\b")
+    )
+    first = page.get_by_test_id("experiment-view-compare-runs-card").first
+    expect(first.locator("svg .scatterlayer .trace path").first).to_be_visible()
+
+
+def chart(page: Page, metric: str) -> Locator:
+    """The chart of a metric."""
+    title = page.locator(f"h4[title='{metric}']")
+    return page.get_by_test_id("experiment-view-compare-runs-card").filter(has=title)
 
 
 def test_artifacts_are_listed_and_plots_are_displayed(run_page: Page, tmp_path: Path) -> None:

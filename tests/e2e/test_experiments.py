@@ -93,7 +93,7 @@ def test_dvc_compares_the_experiments(project: Path, grid: dict[str, float]) -> 
     changed = json.loads(dvc(project, "params", "diff", "--json", one, other).stdout)
     assert changed["params.yaml"] == {"train.learning_rate": {"old": 0.01, "new": 0.02, "diff": 0.01}}
     changed = json.loads(dvc(project, "metrics", "diff", "--json", one, other).stdout)
-    assert {"old", "new", "diff"} <= set(changed["metrics/evaluate.json"]["eval/bits_per_char"])
+    assert {"old", "new", "diff"} <= set(changed["metrics/evaluate.json"]["val/bits_per_char"])
     dvc(project, "plots", "diff", one, other)
     page = (project / "dvc_plots" / "index.html").read_text()
     for entry in read_yaml(ROOT / "dvc.yaml")["plots"]:

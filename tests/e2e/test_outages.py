@@ -16,7 +16,7 @@ from tests.support.workspace import Run, Workspace, ended, steps
 
 pytestmark = pytest.mark.proof
 
-FINAL = ("val/best_loss", "val/best_step", "model/parameters")  # metrics with the time of the end
+FINAL = ("val/best_loss", "val/best_step", "train/parameters")  # metrics with the time of the end
 STEPS, SLOW_STEPS = 12, 40  # before the outage begins, and during it
 SLOWER, LATER_S = 0.05, 30  # at most: share of the training time, seconds at its end
 CASES = [(name, kind) for name, outage in OUTAGES.items() for kind in outage.kinds]

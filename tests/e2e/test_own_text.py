@@ -54,7 +54,7 @@ def test_every_stage_runs_on_the_text(
     assert (tmp_path / "data" / "shakespeare.txt").read_bytes() == text.read_bytes()
     tokenizer = tokenizer_from_json(json.loads((tmp_path / "data" / "tokens" / "tokenizer.json").read_text()))
     metrics = json.loads((tmp_path / "metrics" / "evaluate.json").read_text())
-    assert metrics["eval/bits_per_char"] < math.log2(len(set(content))) - 0.4, "no better than a uniform distribution"
+    assert metrics["val/bits_per_char"] < math.log2(len(set(content))) - 0.4, "no better than a uniform distribution"
     sample = (tmp_path / "generation_out.txt").read_text(encoding="utf-8").rpartition("=" * 80 + "\n")[2]
     if kind == "bpe":
         assert len(sample) > 40 + 1

@@ -92,7 +92,7 @@ def test_one_mlflow_run_holds_everything_about_the_model(project: Path) -> None:
     assert len(found.data.tags["run.key"]) == 64
     assert found.data.tags[COMMIT] == run(["git", "rev-parse", "HEAD"], project).stdout.strip()
     metrics = json.loads((project / "metrics" / "evaluate.json").read_text())
-    assert found.data.metrics["eval/bits_per_char"] == metrics["eval/bits_per_char"]
+    assert found.data.metrics["val/bits_per_char"] == metrics["val/bits_per_char"]
     assert found.inputs is not None
     (dataset,) = found.inputs.dataset_inputs
     meta = json.loads((project / "data" / "tokens" / "meta.json").read_text())
@@ -158,7 +158,7 @@ def test_every_kind_of_model_has_a_run_but_sampling_settings_have_none(project: 
         key, _, value = VARIANTS[name].partition("=")
         assert found.info.status == "FINISHED"
         assert found.data.params[key] == value
-        assert 0 < found.data.metrics["eval/bits_per_char"] < 6
+        assert 0 < found.data.metrics["val/bits_per_char"] < 6
         assert {CHECKPOINT, "generation_out.txt"} <= artifacts(project, found.info.run_id)
     run(["git", "checkout", "--quiet", "."], project)
     dvc(project, "repro")

@@ -85,7 +85,7 @@ def test_a_colleague_pulls_the_model_and_gets_its_run(project: Path) -> None:
     stage(colleague, "sync")
     (theirs,), (ours,) = runs(project), runs(colleague)
     assert ours.data.params == theirs.data.params
-    same = ("val/best_loss", "eval/bits_per_char", "val/loss")
+    same = ("val/best_loss", "val/bits_per_char", "val/loss")
     assert [ours.data.metrics[name] for name in same] == pytest.approx([theirs.data.metrics[name] for name in same])
     assert logged_steps(colleague, ours.info.run_id) == logged_steps(project, theirs.info.run_id)
     assert {CHECKPOINT, "params.yaml", "generation_out.txt", "dvc.lock"} <= artifacts(colleague, ours.info.run_id)

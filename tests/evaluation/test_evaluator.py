@@ -25,14 +25,14 @@ def test_metrics_of_a_model_with_uniform_predictions(data: TokenData) -> None:
     weights = {name: torch.zeros_like(weight) for name, weight in GPT(model, size).state_dict().items()}
     checkpoint = Checkpoint(model, data.tokenizer, weights, {})
     found = evaluate(params=PARAMS, checkpoint=checkpoint, data=data)
-    assert found.metrics["eval/bits_per_char"] == pytest.approx(math.log2(size))
+    assert found.metrics["val/bits_per_char"] == pytest.approx(math.log2(size))
     assert found.positions["predictions"].sum() == found.calibration["predictions"].sum() == len(data.val)
     assert found.calibration["probability"].tolist() == pytest.approx([1 / size])
     assert found.blocks["nats"].tolist() == pytest.approx(
         (found.blocks["characters"] * math.log(size)).tolist(), abs=1e-3
     )
-    assert found.metrics["eval/copied"] == 0.0
-    assert 1 <= found.metrics["eval/longest_copy"] < 8
+    assert found.metrics["val/copied_windows"] == 0.0
+    assert 1 <= found.metrics["val/longest_copy"] < 8
     bigram, unigram, uniform = map(float, re.findall(r"(?:bigram|unigram|uniform) ([\d.]+)", found.summary[0]))
     assert bigram < unigram < uniform == pytest.approx(math.log(size), abs=1e-3)
     again = evaluate(params=PARAMS, checkpoint=checkpoint, data=data)
@@ -65,7 +65,7 @@ def test_bits_and_memorization_are_measured_in_characters(
     table = found.positions
     bits = (table["loss"] * table["predictions"]).sum() / math.log(2) / (len(text) - middle)
     assert table["predictions"].sum() == len(data.val) != len(text) - middle
-    assert found.metrics["eval/bits_per_char"] == pytest.approx(bits, abs=1e-4)
+    assert found.metrics["val/bits_per_char"] == pytest.approx(bits, abs=1e-4)
     assert found.blocks["nats"].sum() == pytest.approx(bits * math.log(2) * (len(text) - middle), abs=0.01)
     assert corpus == text[:middle]
     assert [len(sample) for sample in samples] == [100] * 8

@@ -24,7 +24,7 @@ TRAIN = Record(
 def run(tmp_path: Path) -> Path:
     """A run folder after training and evaluation."""
     save(tmp_path, TRAIN, {})
-    metrics = {"eval/new_metric": 7, "eval/bits_per_char": 1.5}
+    metrics = {"val/new_metric": 7, "val/bits_per_char": 1.5}
     save(tmp_path, Record(stage="evaluate", began=0, ended=1, metrics=metrics), {})
     return tmp_path
 
@@ -35,7 +35,7 @@ def test_metrics_and_commands(run: Path) -> None:
     assert "gpt/model.py, a\\|b.py" in text
     rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| ")]
     found = {name.strip(): value.strip() for name, value in rows}
-    expected = {"val/best_loss": "1.6300", "eval/bits_per_char": "1.5000", "eval/new_metric": "7"}
+    expected = {"val/best_loss": "1.6300", "val/bits_per_char": "1.5000", "val/new_metric": "7"}
     assert list(found.items())[1:4] == list(expected.items())
     commands = text.replace(" \\\n ", "")
     for line in (
@@ -58,8 +58,8 @@ def test_the_model_card_has_data_metrics_and_baseline(run: Path) -> None:
         "vocab_size": 65,
     }
     save(run, TRAIN.model_copy(update={"dataset": data, "params": {"model.block_size": "128"}}), {})
-    metrics = {"bits_per_char": 2.1234, "bigram_bits_per_char": 3.58, "calibration_error": 0.03, "copied": 0.25}
-    results = {f"eval/{name}": value for name, value in metrics.items()} | {"eval/longest_copy": 21}
+    metrics = {"bits_per_char": 2.1234, "bigram_bits_per_char": 3.58, "calibration_error": 0.03, "copied_windows": 0.25}
+    results = {f"val/{name}": value for name, value in metrics.items()} | {"val/longest_copy": 21}
     save(run, Record(stage="evaluate", began=0, ended=1, metrics=results), {})
     card = description(run, "0123").partition("## Model card")[2].partition("##")[0]
     for part in (

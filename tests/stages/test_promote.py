@@ -25,7 +25,7 @@ MODELS = {
     "better": {"table": blocks(2.1, noise=0.05), "params": LAYERS[1]},
     "best": {"table": blocks(2.0), "params": LAYERS[2], "tags": {"dvc.exp_name": "wise-owl"}},
     "as good": {"table": blocks(2.195), "params": LAYERS[3]},
-    "copying": {"table": blocks(1.9), "metrics": {"eval/copied": 0.2}, "params": LAYERS[3]},
+    "copying": {"table": blocks(1.9), "metrics": {"val/copied_windows": 0.2}, "params": LAYERS[3]},
     "elsewhere": {"table": blocks(1.9), "corpus": "d" * 64, "params": LAYERS[3]},
 }
 Runs = dict[str, str]

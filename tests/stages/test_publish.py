@@ -71,9 +71,9 @@ def test_metrics_at_their_recorded_steps_and_times(done: Workspace) -> None:
     assert [(step, time) for step, time, _ in run["metrics"]["val/loss"]][1] == (5, 1763700000625)
     assert steps(run, "val/loss") == [0, 5, 10]
     assert len(steps(run, "system/cpu_utilization_percentage")) > 0
-    final = {"val/best_loss": 1.5, "val/best_step": 10, "eval/loss": 1.25, "eval/characters": 7}
+    final = {"val/best_loss": 1.5, "val/best_step": 10, "val/bits_per_char": 1.25, "val/characters": 7}
     assert {name: values(run, name)[-1] for name in final} == final
-    assert values(run, "eval/loss") == [1.5, 1.25]
+    assert values(run, "val/bits_per_char") == [1.5, 1.25]
 
 
 def test_artifacts_of_a_trained_model(done: Workspace) -> None:
@@ -86,7 +86,7 @@ def test_artifacts_of_a_trained_model(done: Workspace) -> None:
         "history.csv": "step,train/loss\n1,2.99\n",
         "validation.csv": "step,val/loss\n5,3.45\n",
         "train.json": (done.folder / "m/train.json").read_text(),
-        "evaluate.json": '{"eval/loss": 1.25, "eval/characters": 7}',
+        "evaluate.json": '{"val/bits_per_char": 1.25, "val/characters": 7}',
         "positions.csv": "position,loss\n1,2\n",
         "blocks.csv": "block,characters,nats\n1,7,10.5\n",
         "calibration.csv": "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n",
@@ -115,9 +115,9 @@ def test_the_logged_model_has_checkpoint_params_and_metrics(done: Workspace) -> 
     assert metrics == {
         "val/best_loss": 1.5,
         "val/best_step": 10,
-        "model/parameters": 99,
-        "eval/loss": 1.25,
-        "eval/characters": 7,
+        "train/parameters": 99,
+        "val/bits_per_char": 1.25,
+        "val/characters": 7,
     }
     assert {(metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {("corpus", "c" * 36)}
     assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
@@ -143,7 +143,7 @@ def test_variables_of_mlflow_name_run_and_experiment_and_a_parent_groups_runs(pl
     (parent,) = place.client.search_runs([experiment], 'attributes.run_name = "the sweep\'s"')
     children = place.client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     assert sorted(child.data.params["train.seed"] for child in children) == ["1", "2"]
-    assert sum("eval/loss" in child.data.metrics for child in children) == 1
+    assert sum("val/bits_per_char" in child.data.metrics for child in children) == 1
 
 
 def test_a_run_that_is_trained_again_has_the_duration_of_that_training(place: Workspace) -> None:
@@ -288,7 +288,7 @@ def test_a_server_that_is_down_costs_a_line_and_sync_publishes_later(place: Work
     assert ended(place.sync()) == ""
     assert runs_in(client) == first
     (run,) = first
-    assert {"eval/loss", "val/best_loss"} <= set(run["metrics"])
+    assert {"val/bits_per_char", "val/best_loss"} <= set(run["metrics"])
     assert steps(run, "train/loss") == list(range(12))
     assert {"w.pt", "params.yaml", "evaluate.json", "pictures/attention.png"} <= set(run["artifacts"])
 

@@ -69,7 +69,7 @@ def test_a_pulled_model_gets_a_run_which_becomes_that_of_a_later_training(origin
     assert restored["tags"]["run.key"] == trained["tags"]["run.key"]
     assert restored["datasets"] == trained["datasets"]
     assert (steps(restored, "train/loss"), steps(restored, "val/loss")) == ([1], [5])
-    for metric in ("val/best_loss", "eval/loss"):
+    for metric in ("val/best_loss", "val/bits_per_char"):
         assert values(restored, metric) == values(trained, metric)
     logs = {name for name in trained["artifacts"] if name.startswith(("logs/", "pictures/", "checksums/"))}
     assert trained["artifacts"].keys() - restored["artifacts"].keys() <= logs
@@ -85,7 +85,7 @@ def test_the_run_of_an_evaluation_of_a_pulled_model_gets_params(origin: Workspac
     assert ended(pulled.sync()) == ""
     (only,) = pulled.runs()
     assert only["params"] == origin.runs()[0]["params"]
-    assert values(only, "eval/loss")[-1] == 1.25
+    assert values(only, "val/bits_per_char")[-1] == 1.25
     assert "val/best_loss" in only["metrics"]
 
 

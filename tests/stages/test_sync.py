@@ -109,11 +109,12 @@ def test_sync_rebuilds_what_the_stages_published(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")
     monkeypatch.chdir(done.folder)
     assert sync.main([]) == 0
+    evaluation = json.loads((done.folder / "m/evaluate.json").read_text()).keys()
     ((before,), (rebuilt,)) = done.runs(), runs_in(MlflowClient(f"sqlite:///{tmp_path / 'new.db'}"))
     for run in (before, rebuilt):
-        names = [name for name in run["metrics"] if name.startswith(("system/", "eval/"))]
+        names = [name for name in run["metrics"] if name.startswith("system/") or name in evaluation]
         latest = {name: max(run["metrics"].pop(name), key=lambda point: point[1])[2] for name in names}
-        run["evaluation"] = {name: value for name, value in latest.items() if name.startswith("eval/")}
+        run["evaluation"] = {name: value for name, value in latest.items() if name in evaluation}
     assert rebuilt == before
 
 

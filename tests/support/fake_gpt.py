@@ -44,7 +44,7 @@ def train(options: argparse.Namespace, plan: dict[str, Any]) -> None:
     write(options.checkpoint, plan.get("weights", "weights"))
     write(options.history, "step,train/loss\n1,2.99\n")
     write(options.validation, "step,val/loss\n5,3.45\n")
-    write(options.metrics, json.dumps({"val/best_loss": 1.5, "val/best_step": 10, "model/parameters": 99}))
+    write(options.metrics, json.dumps({"val/best_loss": 1.5, "val/best_step": 10, "train/parameters": 99}))
 
 
 def train_slowly(history: Path, plan: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def write_history(history: Path, plan: dict[str, Any]) -> None:
 
 
 def evaluate(options: argparse.Namespace, plan: dict[str, Any]) -> None:
-    write(options.metrics, json.dumps({"eval/loss": plan["loss"], "eval/characters": 7}))
+    write(options.metrics, json.dumps({"val/bits_per_char": plan["loss"], "val/characters": 7}))
     write(options.positions, "position,loss\n1,2\n")
     write(options.blocks, "block,characters,nats\n1,7,10.5\n")
     write(options.calibration, "probability,right,ideal,predictions\n0.5,0.6,0.5,7\n")

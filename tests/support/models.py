@@ -14,7 +14,7 @@ from stages.runs.run_record import Record, save
 from stages.tracking.store import Store
 
 CHECKPOINT = "chargpt_nano.pt"
-METRICS = {"eval/calibration_error": 0.02, "eval/longest_copy": 12, "eval/copied": 0.0}
+METRICS = {"val/calibration_error": 0.02, "val/longest_copy": 12, "val/copied_windows": 0.0}
 
 
 def blocks(bits: float, *, noise: float = 0.0, seed: int = 0, sizes: int = 1000) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def publish_model(store: Store, name: str, table: pd.DataFrame, **changes: Any) 
     }
     dataset = {"corpus_sha256": changes.get("corpus", "c" * 64)}
     save(folder, Record(stage="train", tags=tags, dataset=dataset, **trained, **times), {})
-    metrics["eval/bits_per_char"] = float(table["nats"].sum() / np.log(2) / table["characters"].sum())
+    metrics["val/bits_per_char"] = float(table["nats"].sum() / np.log(2) / table["characters"].sum())
     files: dict[str, Path | str] = {"evaluate.json": json.dumps(metrics), "blocks.csv": table.to_csv(index=False)}
     save(folder, Record(stage="evaluate", metrics=metrics, **times), files)
     with chdir(store.root):

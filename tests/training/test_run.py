@@ -175,7 +175,7 @@ def test_copies_of_the_training_text_are_found_in_the_samples(tmp_path: Path) ->
         checkpoint=load_checkpoint(tmp_path / "model.pt"),
         data=load_tokens(tmp_path / "tokens"),
     )
-    assert found.metrics["eval/longest_copy"] > 50
-    assert found.metrics["eval/copied"] > 0.5
+    assert found.metrics["val/longest_copy"] > 50
+    assert found.metrics["val/copied_windows"] > 0.5
     assert "'abcdefghij\\nabcdefghij" in found.summary[-1]
     assert "validation text: 100.0%" in found.summary[-1]

@@ -43,11 +43,11 @@ export const useKey = (key) => sessionStorage.setItem(KEY, key);
 /** @returns {Promise<Model[]>} */
 export const listModels = async () => (await (await request("v1/models")).json()).data;
 
-/** @param {object} body @param {AbortSignal} [signal] @returns {Promise<{text: string, before: number, after: number}[]>} */
-export const nextTokens = async (body, signal) => (await (await request("explore/next", body, signal)).json()).tokens;
+/** @param {object} body @returns {Promise<{text: string, before: number, after: number}[]>} */
+export const nextTokens = async (body) => (await (await request("explore/next", body)).json()).tokens;
 
-/** @param {object} body @param {AbortSignal} [signal] @returns {Promise<any>} */
-export const inspect = async (body, signal) => (await request("explore/inside", body, signal)).json();
+/** @param {object} body @returns {Promise<any>} */
+export const inspect = async (body) => (await request("explore/inside", body)).json();
 
 /**
  * Stream the prompt and its continuation.
@@ -92,8 +92,9 @@ async function failure(response) {
   const answer = await response.json().catch(() => null);
   const message = answer?.error?.message ?? `The server answered with status ${response.status}.`;
   if (response.status === 429) return new ApiError(`The server is busy. Try again ${when(response)}.`, 429);
-  if (response.status === 401) document.dispatchEvent(new Event("key-needed"));
-  return new ApiError(message, response.status);
+  if (response.status !== 401) return new ApiError(message, response.status);
+  document.dispatchEvent(new Event("key-needed"));
+  return new ApiError("This server needs an API key: enter it at the top of the page.", 401);
 }
 
 function when(response) {
@@ -128,6 +129,8 @@ function tokensOf(choice) {
 }
 
 function sorted(top) {
-  const all = Object.entries(top ?? {}).map(([text, logprob]) => ({ text, probability: Math.exp(logprob) }));
+  // A part of a character cannot be added to a text.
+  const whole = Object.entries(top ?? {}).filter(([text]) => !text.startsWith("bytes:"));
+  const all = whole.map(([text, logprob]) => ({ text, probability: Math.exp(logprob) }));
   return all.sort((a, b) => b.probability - a.probability).slice(0, 5);
 }

@@ -3,7 +3,7 @@ import { svg } from "./dom.js";
 import { scale } from "./matrix.js";
 
 const WIDTH = 720;
-const FAINT = 0.1; // arcs of the other queries are drawn from this weight on
+const FAINT = 0.3; // strength from which on the arcs of the other queries are drawn
 
 export class Arcs {
   /** @param {SVGElement} element @param {(row: number) => void} select */
@@ -33,7 +33,7 @@ export class Arcs {
   select(row) {
     if (!this.own) return;
     this.row = row;
-    this.own.replaceChildren(...this.#arcs(this.values[row], row, 0.01));
+    this.own.replaceChildren(...this.#arcs(this.values[row], row, 0.05));
     this.labels.forEach((label, index) => label.classList.toggle("on", index === row));
   }
 
@@ -43,7 +43,7 @@ export class Arcs {
       if (value === null) return [];
       const { amount, sign } = this.strength(value);
       if (amount < threshold) return [];
-      const arc = svg("path", { d: this.#path(query, key), class: sign, "stroke-width": (0.5 + 5 * amount).toFixed(2), "data-key": key });
+      const arc = svg("path", { d: this.#path(query, key), class: sign, "stroke-width": (0.5 + 6 * amount).toFixed(2), "data-key": key });
       /** @type {any} */ (arc).style.setProperty("--amount", amount.toFixed(3));
       return [arc];
     });

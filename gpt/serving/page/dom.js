@@ -50,7 +50,7 @@ export function ending(text, limit) {
 export function percent(probability) {
   if (probability === 0) return "0%";
   if (probability < 0.0001) return "<0.01%";
-  if (probability > 0.99 && probability < 1) return `${Math.min(99.99, 100 * probability).toFixed(2)}%`;
+  if (probability > 0.99 && probability < 1) return `${Math.min(99.9, 100 * probability).toFixed(1)}%`;
   return `${(100 * probability).toFixed(probability < 0.01 ? 2 : probability < 0.1 ? 1 : 0)}%`;
 }
 

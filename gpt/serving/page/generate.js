@@ -5,12 +5,13 @@ import { complete } from "./api.js";
  * @param {import("./text-view.js").TextView} view
  * @param {{prompt: string, seed: number}} body
  * @param {AbortSignal} signal
+ * @param {import("./api.js").Token[]} [known] see `TextView.clear`
  * @returns {Promise<string>} a sentence about the finished text, with the warnings of the server
  */
-export async function streamInto(view, body, signal) {
+export async function streamInto(view, body, signal, known) {
   const started = performance.now();
   const warnings = new Set();
-  view.clear(body.prompt.length);
+  view.clear(body.prompt.length, known);
   view.element.classList.add("streaming");
   view.signal = signal;
   try {

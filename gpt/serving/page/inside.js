@@ -4,7 +4,7 @@ import { Arcs } from "./arcs.js";
 import { byId, fillSelect, html, numbered, score, visible } from "./dom.js";
 import { Matrix } from "./matrix.js";
 import { PositionMap } from "./positions.js";
-import { latest } from "./status.js";
+import { oneAtATime } from "./status.js";
 
 /** @typedef {{tokens: string[], attention: ?Object<string, (?number)[][]>, positions: ?object, ngrams: object[]}} Inspection */
 /** @typedef {"raw" | "masked" | "weights"} Stage */
@@ -21,12 +21,12 @@ export function startInspection(context, model) {
   const arcs = new Arcs(byId("arcs"), select);
   const positions = new PositionMap(byId("positions"), byId("position-value"));
 
-  const show = latest("inside", async (signal) => {
+  const show = oneAtATime("inside", async () => {
     const chosen = model();
     if (!chosen) return;
     offerLayers(chosen);
     const text = [...context()].slice(-Number(byId("window").value)).join("");
-    found = await inspect({ model: chosen.id, text, layer: chosen.layers ? Number(byId("layer").value) : 1, head: chosen.heads ? Number(byId("head").value) : 1 }, signal);
+    found = await inspect({ model: chosen.id, text, layer: Number(byId("layer").value), head: Number(byId("head").value) });
     query = found.tokens.length - 1;
     draw();
   });
@@ -54,6 +54,7 @@ export function startInspection(context, model) {
     listNgrams(found, row, model());
   }
 
+  if (matchMedia("(max-width: 600px)").matches) byId("window").value = "16"; // labels would be too small to read
   for (const id of ["layer", "head", "window"]) byId(id).addEventListener("input", show);
   byId("stages").addEventListener("input", draw);
   return { show };
@@ -66,10 +67,10 @@ const HELP = {
 };
 
 function offerLayers(model) {
-  fillSelect(byId("layer"), numbered(model.layers));
-  fillSelect(byId("head"), numbered(model.heads));
-  byId("layer").disabled = model.layers === 0;
-  byId("head").disabled = model.heads === 0;
+  for (const [id, count] of [["layer", model.layers], ["head", model.heads]]) {
+    fillSelect(byId(id), numbered(Math.max(1, count)));
+    byId(id).disabled = count < 2;
+  }
 }
 
 /** Say in words what is selected. */

@@ -1,5 +1,5 @@
 /** The attention matrix: rows are queries, columns are keys. */
-import { svg } from "./dom.js";
+import { byId, score, svg } from "./dom.js";
 
 const SIZE = 560; // of the cells, in units of the drawing
 const MAX_LABEL = 7;
@@ -25,6 +25,7 @@ export class Matrix {
     this.element.style.maxWidth = `${total}px`;
     this.outline = svg("rect", { class: "query", height: this.cell, x: this.margin, width: this.count * this.cell });
     this.key = svg("rect", { class: "key", height: this.cell, width: this.cell, visibility: "hidden" });
+    labelScale(byId("matrix-scale"), largestSize(values), stage !== "weights");
     const cells = svg("g", { class: `cells ${stage}` }, ...this.#cells(values, stage));
     this.element.replaceChildren(...this.#labels(labels), cells, this.outline, this.key);
   }
@@ -88,13 +89,26 @@ export class Matrix {
 }
 
 /**
- * How strongly a value is drawn. Weights: from 0 to 1. Scores: by their size, with a colour for each sign.
+ * How strongly a value is drawn. Weights: by their square root, so that small ones are visible. Scores: by their size,
+ * with a colour for each sign.
  * @param {(?number)[][]} values @param {string} stage
  * @returns {(value: number) => {amount: number, sign: string}}
  */
 export function scale(values, stage) {
-  if (stage === "weights") return (value) => ({ amount: value, sign: "positive" });
-  const sizes = values.flat().filter((value) => value !== null).map(Math.abs);
-  const largest = Math.max(...sizes) || 1;
+  if (stage === "weights") return (value) => ({ amount: Math.sqrt(value), sign: "positive" });
+  const largest = largestSize(values);
   return (value) => ({ amount: Math.abs(value) / largest, sign: value < 0 ? "negative" : "positive" });
+}
+
+/** @param {(?number)[][]} values @returns {number} the largest absolute value */
+export function largestSize(values) {
+  return Math.max(...values.flat().filter((value) => value !== null).map(Math.abs)) || 1;
+}
+
+/** Label a colour scale. @param {HTMLElement} element @param {number} largest @param {boolean} signed */
+export function labelScale(element, largest, signed) {
+  const [low, ramp, high] = element.children;
+  low.textContent = signed ? score(-largest) : "0";
+  high.textContent = signed ? score(largest) : "1";
+  ramp.classList.toggle("signed", signed);
 }

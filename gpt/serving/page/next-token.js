@@ -2,9 +2,10 @@
 import { nextTokens } from "./api.js";
 import { byId, ending, html, percent, visible } from "./dom.js";
 import { sampling } from "./settings.js";
-import { latest } from "./status.js";
+import { oneAtATime } from "./status.js";
 
 const SHOWN = 12;
+const ROUNDING = 1e-5; // of sums of probabilities
 const SCALES = [0.25, 0.5, 1];
 
 /** @typedef {{text: string, before: number, after: number}} Row */
@@ -14,9 +15,9 @@ const SCALES = [0.25, 0.5, 1];
  * @returns {() => Promise<void>} shows the distribution of the present settings and context
  */
 export const nextToken = (context) =>
-  latest("next-token", async (signal) => {
+  oneAtATime("next-token", async () => {
     const text = context();
-    const rows = await nextTokens({ ...sampling(), text }, signal);
+    const rows = await nextTokens({ ...sampling(), text });
     draw(rows, text);
   });
 
@@ -37,9 +38,9 @@ function draw(rows, text) {
 /** One row for all other tokens. */
 function rest(others, rows) {
   if (!others.length) return [];
-  const total = (name) => Math.max(0, 1 - rows.slice(0, SHOWN).reduce((sum, row) => sum + row[name], 0));
-  const after = others.some((row) => row.after > 0) ? total("after") : 0;
-  return [{ text: null, label: "others", before: total("before"), after }];
+  const total = (name) => 1 - rows.slice(0, SHOWN).reduce((sum, row) => sum + row[name], 0);
+  const [before, after] = ["before", "after"].map(total).map((value) => (value < ROUNDING ? 0 : value));
+  return [{ text: null, label: "others", before, after }];
 }
 
 /** Rows are reused, so that bars move instead of being replaced. */

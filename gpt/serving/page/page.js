@@ -11,10 +11,11 @@ import { TextView } from "./text-view.js";
 
 /** @type {import("./api.js").Model[]} */
 let models = [];
+let textModel = ""; // the one that generated the text
 let edited = true; // the prompt, since the text was generated
 let running = new AbortController();
 
-const view = new TextView(byId("frame"), "Generated text", goOn, () => refresh());
+const view = new TextView(byId("frame"), "Generated text", goOn, selected);
 const showNext = nextToken(context);
 const inspection = startInspection(context, () => model());
 const refresh = debounce(() => Promise.all([showNext(), inspection.show()]), 60);
@@ -27,7 +28,9 @@ function context() {
 const model = () => models.find((each) => each.id === settings.field("model").value);
 
 /** Generate from the prompt in the form. */
-async function generate() {
+async function generate(known = []) {
+  if (!models.length) await connect();
+  if (!models.length) return;
   running.abort();
   running = new AbortController();
   const { signal } = running;
@@ -36,7 +39,8 @@ async function generate() {
   report("generate", "Generating…", "busy");
   await reporting("generate", async () => {
     const body = { ...settings.completion(), prompt: settings.field("prompt").value };
-    report("generate", await streamInto(view, body, signal));
+    textModel = body.model;
+    report("generate", await streamInto(view, body, signal, known));
   });
   if (running.signal !== signal) return;
   setBusy(false);
@@ -50,11 +54,16 @@ function stop() {
   report("generate", `Stopped after ${view.generated} tokens.`);
 }
 
-function goOn(prompt) {
+function goOn(prompt, known) {
   settings.field("prompt").value = prompt;
   settings.update();
   view.element.focus();
-  return generate();
+  return generate(textModel === settings.field("model").value ? known : []);
+}
+
+function selected(index) {
+  if (index !== null) edited = false;
+  refresh();
 }
 
 function anotherSeed() {
@@ -65,7 +74,7 @@ function anotherSeed() {
 
 function setBusy(busy) {
   byId("stop").disabled = !busy;
-  byId("frame").classList.toggle("filled", true);
+  byId("frame").classList.add("filled");
 }
 
 function describeModel() {
@@ -95,7 +104,7 @@ async function load() {
 
 function listen() {
   settings.listen();
-  byId("generate").addEventListener("click", generate);
+  byId("generate").addEventListener("click", () => generate());
   byId("stop").addEventListener("click", stop);
   byId("again").addEventListener("click", anotherSeed);
   byId("settings").addEventListener("input", showNext);

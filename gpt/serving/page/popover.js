@@ -66,4 +66,4 @@ export class Popover {
   }
 }
 
-const describe = ({ probability }) => (probability === null ? "has no probability here: nothing precedes it." : `${percent(probability)} probable`);
+const describe = ({ probability }) => (probability === null ? "has no probability: it is the first token of the context." : `${percent(probability)} probable`);

@@ -1,5 +1,6 @@
 /** The position encodings as a heat map, with a colour for each sign. */
 import { byId, score } from "./dom.js";
+import { labelScale, largestSize } from "./matrix.js";
 
 const MEANINGS = {
   learned: "a trained vector for each position, added to the embedding.",
@@ -25,7 +26,7 @@ export class PositionMap {
   /** @param {?{scheme: string, rows: string[], columns: string, values: number[][]}} positions */
   draw(positions) {
     this.positions = positions;
-    byId("position-figure").hidden = !positions;
+    byId("position-figure").hidden = byId("position-scale").hidden = !positions;
     byId("position-help").textContent = positions ? `Scheme ${positions.scheme}: ${MEANINGS[positions.scheme] ?? ""}` : "This model has no position encodings.";
     if (!positions) return;
     const { values } = positions;
@@ -33,11 +34,12 @@ export class PositionMap {
     Object.assign(this.canvas, { width, height });
     const context = this.canvas.getContext("2d");
     const image = context.createImageData(width, height);
-    const largest = Math.max(...values.map((row) => Math.max(...row.map(Math.abs)))) || 1;
+    const largest = largestSize(values);
+    labelScale(byId("position-scale"), largest, true);
     const colours = this.#colours();
     values.flat().forEach((value, index) => image.data.set(mixed(colours, value / largest), 4 * index));
     context.putImageData(image, 0, 0);
-    byId("position-rows").textContent = `${positions.rows[0]} to ${positions.rows.at(-1)}`;
+    byId("position-rows").textContent = `${positions.rows[0]} to ${positions.rows.length}`;
     byId("position-columns").textContent = `${positions.columns} 0 to ${width - 1} →`;
     this.#describe();
   }

@@ -31,19 +31,24 @@ export async function reporting(source, action) {
 }
 
 /**
- * Make an action of which only the latest call counts: each call cancels the one before.
- * @param {string} source @param {(signal: AbortSignal) => Promise<void>} action
+ * Make an action that runs once at a time: calls during a run lead to one more run, after it. So a picture follows a
+ * moving slider as fast as the server answers.
+ * @param {string} source @param {() => Promise<void>} action
  * @returns {() => Promise<void>}
  */
-export function latest(source, action) {
-  let controller = new AbortController();
-  return () => {
-    controller.abort();
-    controller = new AbortController();
-    const { signal } = controller;
-    return reporting(source, async () => {
-      await action(signal);
-      if (!signal.aborted) clearError(source);
+export function oneAtATime(source, action) {
+  /** @type {Promise<void> | null} */
+  let running = null;
+  let again = false;
+  return function run() {
+    again = running !== null;
+    running ??= reporting(source, async () => {
+      await action();
+      clearError(source);
+    }).finally(() => {
+      running = null;
+      if (again) run();
     });
+    return running;
   };
 }

@@ -11,7 +11,8 @@ export class TextView {
   /**
    * @param {HTMLElement} frame contains the text and the popover
    * @param {string} label read by screen readers
-   * @param {(prefix: string) => void} goOn called with the text that ends in the alternative chosen by the user
+   * @param {(prefix: string, known: Token[]) => void} goOn called with the text that ends in the alternative chosen by the user,
+   * and the tokens before it
    * @param {(index: number | null) => void} [selected] called when another token is selected
    */
   constructor(frame, label, goOn, selected = () => {}) {
@@ -25,7 +26,7 @@ export class TextView {
     this.name = `text-${(views += 1)}`;
     this.element = html("div", { className: "text", tabIndex: 0, role: "listbox", "aria-label": label, "aria-orientation": "horizontal" });
     this.popover = new Popover(
-      (alternative) => goOn(this.text(this.popover.index) + alternative),
+      (alternative) => goOn(this.text(this.popover.index) + alternative, this.tokens.slice(0, this.popover.index)),
       () => this.element.focus(),
     );
     frame.append(this.element, this.popover.element);
@@ -33,9 +34,15 @@ export class TextView {
     this.#listen(frame);
   }
 
-  /** Remove the text. @param {number} [promptLength] the first characters of the next text that are its prompt */
-  clear(promptLength = 0) {
+  /**
+   * Remove the text.
+   * @param {number} [promptLength] the first characters of the next text that are its prompt
+   * @param {Token[]} [known] tokens with which it begins, with their probabilities: the server scores no prompt that is
+   * longer than the context window
+   */
+  clear(promptLength = 0, known = []) {
     this.tokens = [];
+    this.known = known;
     this.promptLength = promptLength;
     this.length = 0;
     this.generated = 0;
@@ -47,8 +54,10 @@ export class TextView {
 
   /** @param {Token[]} tokens */
   append(tokens) {
-    const spans = tokens.map((token, offset) => this.#span(token, this.tokens.length + offset));
-    this.tokens.push(...tokens);
+    const first = this.tokens.length;
+    const better = tokens.map((token, offset) => (this.known[first + offset]?.text === token.text ? this.known[first + offset] : token));
+    const spans = better.map((token, offset) => this.#span(token, first + offset));
+    this.tokens.push(...better);
     this.element.append(...spans);
   }
 

@@ -7,7 +7,7 @@ unexport PYTHONSAFEPATH  # would hide the code in this folder
 INSTALL = python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help repro test proof chaos bench ui clean lock plots
+.PHONY: help repro test proof chaos bench ui serve clean lock plots
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,14 +27,18 @@ proof: $(VENV)/test ## Run the slow tests; they need root and the browser Chromi
 chaos: $(VENV)/test ## Kill the pipeline 200 times at random moments and compare its outputs (one to two hours)
 	python -m tests.chaos --kills 200
 
-bench: $(VENV)/pipeline ## Compare with nanoGPT, profile training steps, measure the cost of reproducibility (20 minutes)
+bench: $(VENV)/pipeline ## Compare with nanoGPT, profile training steps, load the server (25 minutes)
 	python -m benchmarks.races
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.steps
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=1 -m benchmarks.sharding
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.sharding
+	python -m benchmarks.serving
 
 ui: $(VENV)/pipeline ## Show the runs in MLflow's UI on http://127.0.0.1:5000; another port: make ui PORT=5001
 	python -m stages.ui $(PORT)
+
+serve: $(VENV)/pipeline ## Serve the champion, and its successors, on http://127.0.0.1:8000; another port: make serve PORT=8001
+	python -m stages.serve --watch 10 $(if $(PORT),--port $(PORT))
 
 clean: ## Delete the environment, outputs and tool caches; keep MLflow runs, DVC experiments and DVC's cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info data/tokens
@@ -54,11 +58,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/pipeline: $(VENV)/bin/python pyproject.toml requirements.lock
-	$(INSTALL) '.[pipeline]'
+	$(INSTALL) '.[pipeline,serve]'
 	@touch $@
 
 $(VENV)/test: $(VENV)/pipeline
-	$(INSTALL) '.[pipeline,test]'
+	$(INSTALL) '.[pipeline,serve,test]'
 	@touch $@
 
 $(VENV)/checked: $(VENV)/pipeline params.yaml $(shell find gpt -name '*.py')

@@ -43,7 +43,7 @@ def running_server(checkpoint: Path) -> Iterator[tuple[psutil.Process, str]]:
 
 async def measure(address: str, process: psutil.Process, requests: int) -> None:
     """Run all measurements."""
-    single, many, first = [], [], []
+    single, many, first = list[float](), list[float](), list[float]()
     for number in range(ROUNDS):
         for clients, rates in ((1, single), (CLIENTS, many)):
             results = await load(address, clients, seed=1000 * number)
@@ -98,9 +98,9 @@ async def post(address: str, body: dict[str, object]) -> AsyncIterator[bytes]:
 
 async def follow_memory(address: str, process: psutil.Process, requests: int) -> None:
     """Send short requests from all clients, a tenth of which disconnect early; print the memory on the way."""
-    sizes, done = [], 0
+    sizes, done = list[tuple[int, float]](), 0
 
-    async def client(number: int) -> None:
+    async def client() -> None:
         nonlocal done
         while done < requests:
             done += 1
@@ -112,7 +112,7 @@ async def follow_memory(address: str, process: psutil.Process, requests: int) ->
                     break
 
     began = time.perf_counter()
-    await asyncio.gather(*map(client, range(CLIENTS)))
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
     print(f"{requests:,} requests in {time.perf_counter() - began:.0f} s without an error; resident memory:")
     print(", ".join(f"{size:.0f} MB after {number:,}" for number, size in sizes))
 

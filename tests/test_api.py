@@ -35,6 +35,10 @@ def test_the_chunks_of_stream_join_to_the_text_of_generate(model: gpt.LoadedMode
     assert next(model.stream()) == ""  # the default prompt
 
 
+def test_the_loss_of_a_text_shorter_than_the_context(model: gpt.LoadedModel) -> None:
+    assert 0 < model.loss("the") < model.loss("eht")
+
+
 def test_loss_is_the_validation_loss_of_training(model: gpt.LoadedModel, corpus: Path) -> None:
     text = corpus.read_text()
     validation = text[int(len(text) * 0.9) - 1 :]  # the last training token predicts the first of the split

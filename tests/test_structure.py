@@ -129,7 +129,7 @@ def test_stage_commands_hold_no_variables_and_no_absolute_paths() -> None:
 def test_no_two_modules_share_a_name() -> None:
     """Except for a command and the stage around it, and the special files of packages."""
     names = Counter(path.stem for folder in ("gpt", "stages", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
-    assert {name for name, count in names.items() if count > 1} <= COMMANDS | {"__init__", "__main__"}
+    assert {name for name, count in names.items() if count > 1} <= COMMANDS | {"serve", "__init__", "__main__"}
 
 
 def test_all_folders_of_gpt_are_packaged() -> None:
@@ -150,7 +150,7 @@ def test_the_lock_pins_public_versions_only() -> None:
 
 def test_help_lists_every_command_and_loads_no_torch() -> None:
     done = run([sys.executable, "-X", "importtime", "-m", "gpt", "--help"], ROOT)
-    for verb in (*STAGES, "explain", "export", "check-params"):
+    for verb in (*STAGES, "explain", "export", "serve", "check-params"):
         assert verb in done.stdout
     for heavy in ("torch", "pandas", "numpy", "pydantic", "tokenizers", "tiktoken", "matplotlib"):
         assert not re.search(rf"\| +{heavy}$", done.stderr, re.MULTILINE), heavy

@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Name each model after its file."""
     try:
-        from gpt.serving.app import Limits  # noqa: PLC0415 (optional dependencies)
+        from gpt.serving.guard import Limits  # noqa: PLC0415 (optional dependencies)
         from gpt.serving.models import FileSource  # noqa: PLC0415
         from gpt.serving.server import ServerOptions, serve  # noqa: PLC0415
     except ModuleNotFoundError as error:

@@ -71,7 +71,7 @@ def consecutive_windows(
     inputs, targets = tokens[:-1], tokens[1:]
     full = len(targets) // block_size * block_size
     windows = (torch.split(part[:full].view(-1, block_size), batch_size) for part in (inputs, targets))
-    batches = list(zip(*windows, strict=True))
+    batches = list(zip(*windows, strict=True)) if full else []
     if full < len(targets):
         batches.append((inputs[None, full:], targets[None, full:]))
     return batches

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from starlette.exceptions import HTTPException
 from gpt.core.errors import UserError
 from gpt.serving.completions import Chunk, Completion
 from gpt.serving.explore import look_inside, next_tokens
-from gpt.serving.guard import Guard
+from gpt.serving.guard import Guard, Limits
 from gpt.serving.metrics import Metrics
 from gpt.serving.models import ModelPool
 from gpt.serving.protocol import CompletionRequest, InsideRequest, RequestError, TextRequest
@@ -29,15 +28,6 @@ PAGE = Path(__file__).parent / "page"
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one request may cost; times in seconds."""
-
-    max_tokens: int = 4096
-    max_body_size: int = 256 * 1024
-    timeout_s: float = 120
-
-
 def make_app(
     pool: ModelPool,
     limits: Limits,
@@ -45,7 +35,7 @@ def make_app(
     watch_s: float | None = None,
     hosts: tuple[str, ...] = (),
     key: str | None = None,
-) -> FastAPI:
+) -> Guard:
     """The application. It serves the models of the pool while it runs; the other arguments are those of `Guard`."""
 
     @asynccontextmanager
@@ -59,14 +49,13 @@ def make_app(
     app = FastAPI(
         title="chargpt",
         lifespan=lifespan,
-        max_body_size=limits.max_body_size,
+        max_body_size=limits.max_body_size,  # also of a body without Content-Length
         docs_url=None,  # the pages of FastAPI load scripts from elsewhere
         redoc_url=None,
     )
     metrics = Metrics()
     metrics.watch("running_sequences", "Sequences in the batch.", lambda: pool.count("running"))
     metrics.watch("waiting_sequences", "Sequences in the queue.", lambda: pool.count("waiting"))
-    app.add_middleware(Guard, hosts=hosts, key=key, timeout_s=limits.timeout_s, metrics=metrics)
     _handle_errors(app)
     _add_completions(app, pool, limits, metrics)
     _add_exploration(app, pool)
@@ -87,7 +76,7 @@ def make_app(
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    return app
+    return Guard(app, hosts=hosts, key=key, limits=limits, metrics=metrics)
 
 
 def _add_completions(app: FastAPI, pool: ModelPool, limits: Limits, metrics: Metrics) -> None:
@@ -198,15 +187,18 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"][1:] if isinstance(part, str) and "[" not in part]
-        param = where[0] if where else None
+        first = max(error.errors(), key=lambda each: len(each["loc"]))  # of the most similar form that a field can have
+        where = first["loc"][1:2] if first["type"] != "json_invalid" else ()
+        param = str(where[0]) if where else None
         text = {"json_invalid": "expected JSON", "extra_forbidden": "unknown field"}.get(first["type"], first["msg"])
         text = re.sub(
             "^(Input should be|Value error,) ?", lambda match: "expected " if match[1][0] == "I" else "", text
         )
-        message = f"{param}: {text}" if param and first["type"] != "json_invalid" else text
-        return await request_error(request, RequestError(400, message, param=param))
+        if where:
+            text = f"{param}: {text}"
+        elif ": " in text:  # of a setting that SamplingParams checked
+            param = text.partition(":")[0]
+        return await request_error(request, RequestError(400, text, param=param))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import time
 from collections.abc import Collection, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gpt.serving.metrics import Metrics
 from gpt.serving.protocol import RequestError
 
-OPEN_PATHS = ("/", "/health", "/page/")  # without a key: they tell nothing about the models
+OPEN_PATHS, PAGE_FILES = ("/", "/health"), "/page/"  # without a key: they tell nothing about the models
 READ_S = 5  # that a client may take to read the end of an answer, after the time limit
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -28,6 +29,18 @@ HEADERS = {
 log = logging.getLogger("gpt")
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What one request may cost.
+
+    `max_body_size` is in bytes, `timeout_s` in seconds from the first byte of a request to the last of its answer.
+    """
+
+    max_tokens: int = 4096
+    max_body_size: int = 256 * 1024
+    timeout_s: float = 120
+
+
 class Guard:
     """Checks and counts the requests to an application.
 
@@ -35,13 +48,12 @@ class Guard:
         hosts: names under which the server is reached, in addition to `localhost` and all IP addresses. Another name in
             the header `Host` is refused: a web site that resolves to this machine could read the answers.
         key: the bearer key that requests need; None: no key.
-        timeout_s: from the first byte of a request to the last one of its answer.
     """
 
     def __init__(
-        self, app: ASGIApp, *, hosts: Collection[str], key: str | None, timeout_s: float, metrics: Metrics
+        self, app: ASGIApp, *, hosts: Collection[str], key: str | None, limits: Limits, metrics: Metrics
     ) -> None:
-        self._app, self._timeout_s, self._metrics = app, timeout_s, metrics
+        self._app, self._limits, self._metrics = app, limits, metrics
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
         self._authorization = f"Bearer {key}".encode() if key else None
 
@@ -60,31 +72,35 @@ class Guard:
             await send(message)
 
         try:
-            async with asyncio.timeout(self._timeout_s + READ_S):
+            async with asyncio.timeout(self._limits.timeout_s + READ_S):
                 self._check(scope)
                 await self._app(scope, receive, send_counted)
         except RequestError as error:
             await JSONResponse(error.content, error.status, error.headers)(scope, receive, send_counted)
         except TimeoutError:
-            log.warning("%s: the client did not read the answer, or not send the request, in time", scope["path"])
+            log.warning("%s: the client did not send the request or read the answer in time", scope["path"])
+            if not status:
+                error = RequestError(408, "the request was not complete in time", kind="timeout_error", code="timeout")
+                await JSONResponse(error.content, 408)(scope, receive, send_counted)
         finally:
             self._metrics.count_request(scope, status, time.monotonic() - began)
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
-        """Raise a RequestError for a wrong host or key."""
+        """Raise a RequestError for a wrong host, a wrong key, or a body that is too large."""
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         if not self._is_allowed(host):
             message = f"Host: expected localhost, an IP address or a name of --allow-host, found {host[:100]!r}"
             raise RequestError(403, message, code="host_not_allowed")
-        if self._authorization is None or any(
-            scope["path"] == path or (path.endswith("/") and path != "/" and scope["path"].startswith(path))
-            for path in OPEN_PATHS
-        ):
-            return
-        if not hmac.compare_digest(headers.get(b"authorization", b""), self._authorization):
+        is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(PAGE_FILES)
+        given = headers.get(b"authorization", b"")
+        if self._authorization and not is_open and not hmac.compare_digest(given, self._authorization):
             message = "expected the header `Authorization: Bearer KEY` with the key of this server"
             raise RequestError(401, message, kind="authentication_error", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._limits.max_body_size:
+            message = f"the body is too large: expected at most {self._limits.max_body_size:,} bytes"
+            raise RequestError(413, message)
 
     def _is_allowed(self, host: str) -> bool:
         try:

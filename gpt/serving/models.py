@@ -48,7 +48,10 @@ class FileSource:
     name: str
 
     def version(self) -> str:  # noqa: D102 (see Source)
-        status = self.path.stat()
+        try:
+            status = self.path.stat()
+        except OSError:
+            return "missing"
         return f"{status.st_ino} {status.st_mtime_ns} {status.st_size}"
 
     def fetch(self) -> Path:  # noqa: D102
@@ -106,7 +109,7 @@ class ModelPool:
         """
         for source in self._sources:
             self._versions[source.name] = source.version()
-            self.models[source.name] = self._load(source)
+            self.models[source.name] = self._load(source.name, source.fetch())
         return self
 
     def get(self, name: str | None) -> ServedModel:
@@ -149,12 +152,13 @@ class ModelPool:
             version = await asyncio.to_thread(source.version)
             if version == self._versions[source.name]:
                 return
-            model = await asyncio.to_thread(self._load, source)
+            path = await asyncio.to_thread(source.fetch)
+            self._versions[source.name] = version
+            model = await asyncio.to_thread(self._load, source.name, path)
         except (OneLineError, OSError) as error:
             log.warning("%s: the model in use stays: %s", source.name, error)
             return
         old, self.models[source.name] = self.models[source.name], model
-        self._versions[source.name] = version
         self._tasks[model] = group.create_task(model.engine.run())
         group.create_task(self._retire(old))
         log.info("%s: replaced by SHA-256 %s", source.name, model.sha256[:8])
@@ -163,8 +167,7 @@ class ModelPool:
         await model.engine.drained()
         self._tasks.pop(model).cancel()
 
-    def _load(self, source: Source) -> ServedModel:
-        path = source.fetch()
+    def _load(self, name: str, path: Path) -> ServedModel:
         checkpoint, sha256 = load_checkpoint(path), sha256_file(path)
         needed = decoding_memory(
             checkpoint, {"--max-batch-size": self._sizes["max_batch_size"]}, checkpoint.model.block_size
@@ -172,5 +175,5 @@ class ModelPool:
         check_memory("server", needed, torch.device("cpu"))
         module = checkpoint.build()
         engine = Engine(module, self.executor, **self._sizes)
-        log.info("%s: SHA-256 %s", source.name, sha256[:8])
-        return ServedModel(source.name, checkpoint, sha256, engine, module)
+        log.info("%s: SHA-256 %s", name, sha256[:8])
+        return ServedModel(name, checkpoint, sha256, engine, module)

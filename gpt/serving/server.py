@@ -4,7 +4,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -12,7 +13,8 @@ import uvicorn
 
 from gpt.core.cli import report
 from gpt.core.errors import UserError
-from gpt.serving.app import Limits, make_app
+from gpt.serving.app import make_app
+from gpt.serving.guard import Limits
 from gpt.serving.models import ModelPool, Source
 
 API_KEY = "CHARGPT_API_KEY"  # environment variable
@@ -43,6 +45,21 @@ def serve(sources: Sequence[Source], options: ServerOptions) -> None:
     Raises:
         UserError: the address cannot be used, a checkpoint is missing or damaged, or the key is missing.
     """
+    server, listener = make_server(sources, options)
+    # Uvicorn raises the signal again after its shutdown: for SIGTERM, nothing is left to do then.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    report(f"{', '.join(source.name for source in sources)}: {address}")
+    server.run(sockets=[listener])
+
+
+def make_server(sources: Sequence[Source], options: ServerOptions) -> tuple[uvicorn.Server, socket.socket]:
+    """Load the models; returns a server, and the socket that it has to be run with.
+
+    Raises:
+        UserError: as `serve`.
+    """
     key = os.environ.get(API_KEY) or None
     if key is None and not _is_loopback(options.host):
         raise UserError(
@@ -50,11 +67,14 @@ def serve(sources: Sequence[Source], options: ServerOptions) -> None:
             "clients send as bearer key, or take the default host, which only this machine reaches"
         )
     listener = _listen(options)
-    pool = ModelPool(sources, max_batch_size=options.max_batch_size, max_queue_size=options.max_queue_size).load()
+    pool = ModelPool(sources, max_batch_size=options.max_batch_size, max_queue_size=options.max_queue_size)
+    with ExitStack() as stack:
+        stack.callback(listener.close)
+        pool.load()
+        stack.pop_all()
     hosts = (*options.allowed_hosts, options.host)
-    app = make_app(pool, options.limits, watch_s=options.watch_s, hosts=hosts, key=key)
     config = uvicorn.Config(
-        app,
+        make_app(pool, options.limits, watch_s=options.watch_s, hosts=hosts, key=key),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -63,16 +83,7 @@ def serve(sources: Sequence[Source], options: ServerOptions) -> None:
         timeout_graceful_shutdown=int(options.grace_s),
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    _run(uvicorn.Server(config), listener, lambda: report(f"{', '.join(pool.models)}: {address}"))
-
-
-def _run(server: uvicorn.Server, listener: socket.socket, started: Callable[[], None]) -> None:
-    """Run until a signal. Uvicorn raises it again after its shutdown: for SIGTERM, nothing is left to do then."""
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    started()
-    server.run(sockets=[listener])
+    return uvicorn.Server(config), listener
 
 
 def _listen(options: ServerOptions) -> socket.socket:

@@ -4,12 +4,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Locator, Page, expect
 
-from tests.support.common import environment, free_port, wait_for
+from tests.conftest import call_main
+from tests.support.common import FAST, environment, free_port, train_line, wait_for, write_params
 from tests.support.workspace import answers
 
 LENGTHS = """() => {
@@ -31,6 +32,14 @@ CONTRASTS = """() => [...document.querySelectorAll(".chip")].map((chip) => {
     return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
 })"""
 ROW = "row => [...row.children].map((cell) => cell.textContent).concat(row.querySelector('.after').offsetWidth)"
+
+
+def train_kind(folder: Path, tokens: Path, kind: str) -> Path:
+    """Train a model of a kind for 100 steps; returns its checkpoint, which is named after the kind."""
+    write_params(folder / "params.yaml", **FAST, train__max_steps=100, model__dropout=0.0, model__kind=kind)
+    with chdir(folder):
+        assert call_main(*train_line(tokens)) == 0
+    return (folder / "model.pt").rename(folder / f"{kind}.pt")
 
 
 @contextmanager

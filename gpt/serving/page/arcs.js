@@ -2,7 +2,6 @@
 import { svg } from "./dom.js";
 import { scale } from "./matrix.js";
 
-const WIDTH = 720;
 const FAINT = 0.3; // strength from which on the arcs of the other queries are drawn
 
 export class Arcs {
@@ -19,10 +18,11 @@ export class Arcs {
   /** @param {string[]} tokens @param {(?number)[][]} values @param {string} stage */
   draw(tokens, values, stage) {
     this.values = values;
-    this.step = WIDTH / tokens.length;
-    this.height = Math.min(300, 60 + tokens.length * 8);
+    this.width = this.element.clientWidth || 600;
+    this.step = this.width / tokens.length;
+    this.height = this.width / 2;
     this.strength = scale(values, stage);
-    this.element.setAttribute("viewBox", `0 0 ${WIDTH} ${this.height + 26}`);
+    this.element.setAttribute("viewBox", `0 0 ${this.width} ${this.height + 26}`);
     const faint = stage === "weights" ? values.flatMap((row, query) => this.#arcs(row, query, FAINT)) : [];
     this.own = svg("g", { class: "own" });
     this.labels = tokens.map((token, index) => this.#label(token, index));
@@ -53,8 +53,7 @@ export class Arcs {
     const [from, to] = [this.#middle(query), this.#middle(key)];
     const radius = Math.abs(from - to) / 2;
     if (!radius) return `M ${from - 4} ${this.height} c -6 -18 14 -18 8 0`;
-    const rise = Math.min(radius, this.height - 8);
-    return `M ${from} ${this.height} A ${radius} ${rise} 0 0 ${from > to ? 0 : 1} ${to} ${this.height}`;
+    return `M ${from} ${this.height} A ${radius} ${radius} 0 0 ${from > to ? 0 : 1} ${to} ${this.height}`;
   }
 
   #middle(index) {

@@ -92,17 +92,18 @@ function strongest(values) {
 
 function listNgrams(found, row, model) {
   const own = found.ngrams.filter((each) => each.position === row + 1);
-  byId("ngram-help").textContent = ngramHelp(found, row, model, own.length);
+  byId("ngram-help").textContent = ngramHelp(found, row, model, own);
   byId("ngrams").parentElement.hidden = own.length === 0;
   byId("ngrams").replaceChildren(...own.map(({ n, text, row: place, rows, shared }) => html(
     "tr", {}, html("th", { scope: "row", textContent: n }), html("td", { className: "ngram", textContent: visible(text) }),
     html("td", { textContent: `${place.toLocaleString("en")} of ${rows.toLocaleString("en")}` }),
-    html("td", { textContent: shared ? "hashed, may be shared" : "its own" }),
+    html("td", { textContent: shared ? "possibly" : "no" }),
   )));
 }
 
-function ngramHelp(found, row, model, count) {
+function ngramHelp(found, row, model, own) {
   if (model?.ngram === undefined || model.ngram < 2) return "This model looks up single tokens only.";
-  if (!count) return "No n-gram ends at this position.";
-  return `Looked up at query ${row + 1} ‘${found.tokens[row]}’: the n-grams that end there.`;
+  if (!own.length) return "No n-gram ends at this position.";
+  const hashed = own.some(({ shared }) => shared) ? " Where there are more n-grams than rows, rows are hashed and shared." : "";
+  return `Looked up at query ${row + 1} ‘${found.tokens[row]}’: the n-grams that end there.${hashed}`;
 }

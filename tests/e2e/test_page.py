@@ -206,6 +206,7 @@ def test_an_unknown_character_is_reported_until_it_is_removed(explorer: Explorer
     assert all("status of 400" in error for error in console)
     console.clear()
     explorer.prompt.fill(PROMPT)
+    expect(explorer.status).to_be_empty()
     assert explorer.generate(60).startswith(PROMPT)
 
 

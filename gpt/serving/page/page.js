@@ -114,6 +114,7 @@ function listen() {
   });
   settings.field("prompt").addEventListener("input", () => {
     edited = true;
+    clearError("generate");
     refresh();
   });
   document.addEventListener("keydown", (event) => {

@@ -80,8 +80,8 @@ class Guard:
         except TimeoutError:
             log.warning("%s: the client did not send the request or read the answer in time", scope["path"])
             if not status:
-                error = RequestError(408, "the request was not complete in time", kind="timeout_error", code="timeout")
-                await JSONResponse(error.content, 408)(scope, receive, send_counted)
+                late = RequestError(408, "the request was not complete in time", kind="timeout_error", code="timeout")
+                await JSONResponse(late.content, late.status)(scope, receive, send_counted)
         finally:
             self._metrics.count_request(scope, status, time.monotonic() - began)
 

@@ -71,6 +71,20 @@ def test_mlflow_serves_the_promoted_model(project: Path, tmp_path: Path) -> None
     assert answer == {"predictions": [generated(project)]}
 
 
+def test_the_server_of_the_project_serves_the_champion(project: Path) -> None:
+    line = [sys.executable, "-m", "stages.serve", "--port", "0", "--watch", "1"]
+    with subprocess.Popen(line, cwd=project, env=dvc_environment(), stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        name, _, address = server.stdout.readline().strip().partition(": ")
+        try:
+            wait_for(lambda: answers(f"{address}/health"))
+            body = {"prompt": "the ", "max_tokens": 20, "seed": 1}
+            (choice,) = requests.post(f"{address}/v1/completions", json=body, timeout=60).json()["choices"]
+        finally:
+            server.send_signal(signal.SIGTERM)
+    assert (name, "the " + choice["text"], server.returncode) == ("chargpt@champion", generated(project), 0)
+
+
 def answers(address: str) -> bool:
     with suppress(requests.ConnectionError):
         return requests.get(address, timeout=5).ok

@@ -1,16 +1,14 @@
 """The two web pages of the pipeline in a real browser: MLflow's page of a run and DVC's plots."""
 
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import vl_convert
-from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, ViewportSize, expect
 
 from stages.runs.publish import connect
 from stages.runs.run_record import COMMIT, EXPERIMENT
@@ -20,32 +18,8 @@ from tests.support.workspace import answers, serving
 
 pytestmark = pytest.mark.proof
 
-SCREEN = ViewportSize(width=1920, height=1080)
-TIMEOUT_MS = 60_000  # the machine may be busy
 IMAGES = ["loss_by_position", "calibration", "attention", "positions", "embeddings"]
 SVG = "window.vegaEmbed = (element, spec) => vegaEmbed(element, spec, {renderer: 'svg'})"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """A headless Chromium."""
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.fail("no 'chromium' on PATH; install it (Debian: apt-get install chromium)", pytrace=False)
-    expect.set_options(timeout=TIMEOUT_MS)
-    with sync_playwright() as playwright:
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox does not run as root
-        yield playwright.chromium.launch(executable_path=chromium, args=sandbox)
-
-
-@pytest.fixture
-def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
-    """An empty page; a screenshot at the end of the test goes to tmp_path / "end.png"."""
-    with browser.new_context(viewport=SCREEN) as context:
-        page = context.new_page()
-        page.set_default_timeout(TIMEOUT_MS)
-        yield page
-        page.screenshot(path=tmp_path / "end.png", full_page=True)
 
 
 @pytest.fixture(scope="module")

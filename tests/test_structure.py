@@ -13,6 +13,7 @@ import pytest
 from dvc.repo import Repo
 
 from gpt.training.fingerprint import imported_files, name_of
+from tests.support.clones import write_placeholders
 from tests.support.common import ROOT, STAGES, run
 from tests.support.project import clone
 
@@ -76,13 +77,7 @@ def test_imports_found_in_the_source_are_those_of_python() -> None:
 def committed(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A clone in which dvc.lock records every stage as up to date, with placeholders as outputs."""
     project = clone(tmp_path_factory.mktemp("structure") / "project", corpus)
-    for stage in STAGES.values():
-        for entry in (*stage["outs"], *stage.get("metrics", [])):
-            path = project / (entry if isinstance(entry, str) else next(iter(entry)))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("{}")
-    with chdir(project):
-        Repo().commit(force=True)
+    write_placeholders(project)
     assert changed_stages(project) == set()
     return project
 

@@ -12,8 +12,9 @@ import requests
 
 from gpt.core.files import sha256_file
 from stages.runs.run_record import EXPERIMENT
+from tests.support.clones import git, plain, share
 from tests.support.common import free_port, run, wait_for
-from tests.support.project import CHECKPOINT, artifacts, clone, dvc, dvc_environment, logged_steps, runs, store
+from tests.support.project import CHECKPOINT, artifacts, clone, dvc, logged_steps, runs, stage, store
 
 pytestmark = pytest.mark.proof
 
@@ -25,23 +26,16 @@ def project(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A clone in which the pipeline has run; its results are in a bare git repository and in a DVC remote."""
     folder = tmp_path_factory.mktemp("release")
     project = clone(folder / "project", corpus, launch__processes=1, train__max_steps=200)
-    dvc(project, "remote", "add", "--default", "storage", str(folder / "storage"))
     dvc(project, "repro")
     stage(project, "sync")
-    dvc(project, "push")
-    run(["git", "add", "--all"], project)
-    run(["git", "commit", "--quiet", "--message", "results"], project)
-    run(["git", "tag", "--annotate", "--message", "first release", VERSION], project)
-    run(["git", "clone", "--quiet", "--bare", project, origin(project)], folder)
+    share(project, str(folder / "storage"))
+    git(project, "tag", "--annotate", "--message", "first release", VERSION)
+    git(project, "push", "--quiet", "origin", VERSION)
     return project
 
 
 def origin(project: Path) -> Path:
     return project.with_name("origin.git")
-
-
-def stage(project: Path, name: str, *arguments: str, code: int = 0) -> str:
-    return run([sys.executable, "-m", f"stages.{name}", *arguments], project, code=code, env=dvc_environment()).stdout
 
 
 def generated(project: Path) -> str:
@@ -92,8 +86,7 @@ def answers(address: str) -> bool:
 
 
 def test_a_colleague_pulls_the_model_and_gets_its_run(project: Path) -> None:
-    colleague = project.with_name("colleague")
-    run(["git", "clone", "--quiet", origin(project), colleague], project)
+    colleague = plain(origin(project), project.parent)
     dvc(colleague, "pull")
     dvc(colleague, "exp", "run", "-S", "evaluate.seed=5")  # `sync` adds params and curves to its run
     stage(colleague, "sync")
@@ -127,7 +120,7 @@ def test_dvc_downloads_the_model_from_git(project: Path, tmp_path: Path, argumen
 
 
 def test_dvc_imports_the_model_into_another_repository(project: Path, tmp_path: Path) -> None:
-    run(["git", "init", "--quiet"], tmp_path)
+    git(tmp_path, "init", "--quiet")
     dvc(tmp_path, "init", "--quiet")
     dvc(tmp_path, "import", origin(project).as_uri(), CHECKPOINT)
     assert sha256_file(tmp_path / CHECKPOINT) == sha256_file(project / CHECKPOINT)

@@ -56,9 +56,14 @@ def dvc(project: Path, *arguments: str, code: int | None = 0, **changes: str) ->
     return run(command(*arguments), project, code=code, env=dvc_environment(**changes))
 
 
+def stage(project: Path, name: str, *arguments: str, code: int = 0) -> str:
+    """Run one of the project's commands around the stages and check its exit code; returns what it printed."""
+    return run([sys.executable, "-m", f"stages.{name}", *arguments], project, code=code, env=dvc_environment()).stdout
+
+
 def repair(project: Path) -> str:
     """Run the project's repair command; returns what it printed."""
-    return run([sys.executable, "-m", "stages.repair"], project, env=dvc_environment()).stdout
+    return stage(project, "repair")
 
 
 def start(project: Path, *arguments: str) -> "subprocess.Popen[bytes]":

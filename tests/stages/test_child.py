@@ -17,7 +17,9 @@ from tests.support.common import ROOT, environment, wait_for
 from tests.support.workspace import Workspace, ended
 
 WORKER = """
-import os, signal, sys, time
+import ctypes, os, signal, sys, time
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # dies with torchrun, as a rank does
 if sys.argv[1] == "refuse":
     sys.stderr.write("gpt train: model.n_head: wrong\\n")  # as gpt/__main__.py does
     sys.exit(2)

@@ -133,6 +133,9 @@ def _join(command: CommandLine, environment: dict[str, str]) -> int:
     """Train with node 0; write and publish nothing."""
     if "DVC_STAGE" in os.environ:
         raise UserError("PET_NODE_RANK: expected 0 under DVC, found another node; run python -m stages.join there")
+    tokens = command.path("--tokens")
+    if not (tokens / "meta.json").exists():  # before node 0 starts to wait for this rank
+        raise UserError(f"{tokens}: expected the token files of node 0, found none; dvc pull {tokens}")
     torchrun.wait_for_node_0(torchrun.nodes().endpoint)
     return child.run(command.words, [], stage="join", mark="", environment=environment)
 

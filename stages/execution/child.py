@@ -85,6 +85,8 @@ def run(
             when = f"after {seconds:.0f} s; run again to continue"
             when += f"; details in {os.path.relpath(logs[0])}" if logs else ""
             print(f"{crash}stages.{stage}: {worker} {when}", file=sys.stderr)
+        elif by_torchrun and (alone := torchrun.missing_nodes(stderr.text)):
+            print(f"stages.{stage}: {alone}", file=sys.stderr)
         elif not stderr.errors:
             print(stderr.text or f"stages.{stage}: {message}\n", end="", file=sys.stderr)
     return code

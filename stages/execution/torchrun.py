@@ -21,6 +21,7 @@ RENDEZVOUS = ("PET_RDZV_ENDPOINT", "PET_MASTER_ADDR", "PET_MASTER_PORT", "PET_NO
 
 # Torchrun's summary of a failure; its error file (TORCHELASTIC_ERROR_FILE) says nothing of a worker that was killed.
 _WORKER = re.compile(r"\brank\s*: (\d+).*?exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.DOTALL)
+_ALONE = re.compile(r"Timed out after (\d+) seconds waiting for clients\. (\d+)/(\d+) clients joined")
 _LOG_LINES = re.compile(r"^[A-Z]\d{4} \S+ \d+ \S*torch/distributed/elastic/.*\n", re.MULTILINE)
 _SUMMARY = re.compile(r"^E\d{4} .*failed \(exitcode: ", re.MULTILINE)  # with torchrun's own traceback
 
@@ -158,6 +159,13 @@ def first_failure(stderr: str) -> Worker | None:
     """The worker that torchrun's summary names as the root cause."""
     found = _WORKER.search(stderr.rpartition("Root Cause")[2])
     return Worker(rank=int(found[1]), code=int(found[2]), pid=int(found[3])) if found else None
+
+
+def missing_nodes(stderr: str) -> str:
+    """The message for a node 0 that waited in vain; empty if that is not what happened."""
+    found = _ALONE.search(stderr)
+    remedy = "start python -m stages.join on the others"
+    return f"expected {found[3]} machines within {found[1]} s, found {found[2]}; {remedy}" if found else ""
 
 
 def without_summary(stderr: str) -> str:

@@ -1,5 +1,6 @@
 """Torchrun's environment from the variables that a user or a launcher sets, and `stages.join` on the other machines."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -99,12 +100,26 @@ def test_waiting_for_node_0_ends(variables: pytest.MonkeyPatch) -> None:
         torchrun.wait_for_node_0(endpoint)
 
 
-def test_dvc_is_refused_on_other_machines(tmp_path: Path, tokens: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "more", "message"),
+    [(".", {"DVC_STAGE": "train"}, "run python -m stages.join there"), ("missing", {}, "missing: expected the token")],
+)
+def test_dvc_and_missing_tokens_are_refused_on_other_machines(
+    folder: str, more: dict[str, str], message: str, tmp_path: Path
+) -> None:
     write_params(tmp_path / "params.yaml")
     (tmp_path / "dvc.yaml").write_text("stages: {train: {cmd: x}}")
-    variables = environment(**KUBEFLOW, DVC_STAGE="train")
+    command = [sys.executable, "-m", "stages.train", "torchrun", "-m", "gpt", *train_line(folder)]
+    refused = run(command, tmp_path, code=2, env=environment(**KUBEFLOW, **more))
+    assert message in only_line(refused.stderr)
+
+
+def test_node_0_that_stays_alone_says_so(tmp_path: Path, tokens: Path) -> None:
+    write_params(tmp_path / "params.yaml")
+    address = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}", "PET_RDZV_CONF": "timeout=1"}
     command = [sys.executable, "-m", "stages.train", "torchrun", "-m", "gpt", *train_line(tokens)]
-    assert "run python -m stages.join there" in only_line(run(command, tmp_path, code=2, env=variables).stderr)
+    ended = run(command, tmp_path, code=1, env=environment(**address))
+    assert re.fullmatch(r"stages.train: expected 2 machines within \d s, found 1; start .*", only_line(ended.stderr))
 
 
 def test_two_nodes_with_the_variables_of_kubeflow(tmp_path: Path, corpus: Path, tokens: Path) -> None:

@@ -2,7 +2,8 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.support.slurm import Slurm, cluster
 pytestmark = pytest.mark.proof
 
 SCRIPT = "deploy/slurm/train.sbatch"
-LONG = {"model__dropout": 0.1, "train__max_steps": 2000, "train__save_interval": 2000, "launch__timeout": 20}
+LONG = {"model__dropout": 0.1, "train__max_steps": 1000, "train__save_interval": 1000, "launch__timeout": 20}
 RESUMED = "continuing after step "
 
 
@@ -29,21 +30,18 @@ def log(project: Path, job: str) -> str:
     return file.read_text() if file.exists() else ""
 
 
-def wait_for_training(project: Path, job: str, *, resumed: int) -> None:
-    """Wait until the job has resumed so many times, and then made a step."""
-
-    def has_resumed() -> bool:
-        parts = log(project, job).split(RESUMED)
-        return len(parts) == resumed + 1 and bool(re.search(r" step [\d,]+/", parts[-1]))
-
-    wait_for(has_resumed, 120)
-
-
-def wait_for_state(slurm: Slurm, project: Path, job: str, state: str) -> None:
+def wait_in_job(project: Path, job: str, condition: Callable[[], object]) -> None:
+    """Wait; a failure shows the job's output."""
     try:
-        wait_for(lambda: slurm.state(job) == state, 180, pause=0.5)
-    except AssertionError:
-        raise AssertionError(f"{job} is {slurm.state(job)}, not {state}\n{log(project, job)}") from None
+        wait_for(condition, 180, pause=0.5)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{log(project, job)}") from None
+
+
+def is_training(project: Path, job: str, *, resumed: int) -> bool:
+    """Whether the job has resumed so many times, and then made a step."""
+    parts = log(project, job).split(RESUMED)
+    return len(parts) == resumed + 1 and bool(re.search(r"step [\d,]+/", parts[-1]))
 
 
 def test_an_interrupted_job_continues_to_the_bytes_of_one_process(slurm: Slurm, tmp_path: Path, corpus: Path) -> None:
@@ -56,9 +54,9 @@ def test_an_interrupted_job_continues_to_the_bytes_of_one_process(slurm: Slurm, 
         ["scontrol", "requeue", job],
     )
     for resumed, interrupt in enumerate(interrupts):
-        wait_for_training(project, job, resumed=resumed)
+        wait_in_job(project, job, partial(is_training, project, job, resumed=resumed))
         slurm(*interrupt)
-    wait_for_state(slurm, project, job, "COMPLETED")
+    wait_in_job(project, job, lambda: slurm.state(job) == "COMPLETED")
     steps = [int(step.replace(",", "")) for step in re.findall(f"{RESUMED}([\\d,]+)", log(project, job))]
     assert steps == sorted(set(steps))  # no state is saved in between, so each interrupt saved one
     assert steps[len(interrupts) :] == [LONG["train__max_steps"]]  # dvc repro records the finished training
@@ -76,5 +74,5 @@ def test_an_interrupted_job_continues_to_the_bytes_of_one_process(slurm: Slurm, 
 def test_a_failing_training_fails_the_job(slurm: Slurm, tmp_path: Path, corpus: Path) -> None:
     project = clone(tmp_path / "project", corpus, train__shards=1)
     job = slurm("sbatch", "--parsable", SCRIPT, folder=project)
-    wait_for_state(slurm, project, job, "FAILED")
+    wait_in_job(project, job, lambda: slurm.state(job) == "FAILED")
     assert "expected 1, 2, 4, … processes, at most train.shards (1), found 2" in log(project, job)

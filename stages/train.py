@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpt.core.errors import UserError
 from gpt.core.files import sha256_file
 from gpt.core.params import check_section, read_params
 from gpt.launch import LaunchParams, choose_processes, usable_cores, visible_gpus
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(words: Sequence[str]) -> int:
-    """Train and publish; returns the command's exit code.
+    """Train and publish; returns the command's exit code. On another machine than node 0 only train.
 
     Raises:
         UserError: an option or a key that is needed to start is missing or wrong.
@@ -38,9 +39,11 @@ def main(words: Sequence[str]) -> int:
     launch = check_section(params_file, "launch", LaunchParams, params)
     environment = torchrun.training_environment(_processes(launch, params.get("train") or {}))
     key = run_key(params, command.path("--tokens"))
-    command = command.with_default("--timeout", launch.timeout)
-    if message := torchrun.command_for_other_nodes(command.words, environment):
+    if message := torchrun.command_for_other_nodes(command.words):
         print(message, flush=True)
+    command = command.with_default("--timeout", launch.timeout)
+    if torchrun.nodes().rank:
+        return _join(command, environment)
     train = Train(command.with_default("--run-dir", root / ".runs" / key))
     with run_record.lock(train.folder):
         return train.run(environment)
@@ -126,13 +129,24 @@ class Train(Stage):
         return self.record(status=status, tags=tags, params=self.params, changes=changes, dataset=dataset, **results)
 
 
+def _join(command: CommandLine, environment: dict[str, str]) -> int:
+    """Train with node 0; write and publish nothing."""
+    if "DVC_STAGE" in os.environ:
+        raise UserError("PET_NODE_RANK: expected 0 under DVC, found another node; run python -m stages.join there")
+    tokens = command.path("--tokens")
+    if not (tokens / "meta.json").exists():  # before node 0 starts to wait for this rank
+        raise UserError(f"{tokens}: expected the token files of node 0, found none; dvc pull {tokens}")
+    torchrun.wait_for_node_0(torchrun.nodes().endpoint)
+    return child.run(command.words, [], stage="join", mark="", environment=environment)
+
+
 def _processes(launch: LaunchParams, train: dict[str, Any]) -> int:
     """The number of processes to start here; reports idle devices. Errors in `train` are left to the command."""
     gpus = 0 if train.get("device") == "cpu" else visible_gpus()
     shards = train.get("shards")
     if not isinstance(shards, int) or shards < 1:
         return 1
-    local_shards = max(1, shards // torchrun.nodes())
+    local_shards = max(1, shards // torchrun.nodes().count)
     processes, idle = choose_processes(launch.processes, shards=local_shards, gpus=gpus, cores=usable_cores())
     if idle and "PET_NPROC_PER_NODE" not in os.environ:
         print(f"stages.train: {idle}", flush=True)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from gpt.core.errors import StoppedError, UserError, printable
 from stages.execution import torchrun
 
@@ -46,7 +48,7 @@ def run(
 
     Args:
         words: the command.
-        logs: the command's log files.
+        logs: the command's log files; may be none.
         mark: the name of this run in the log.
         on_poll: called repeatedly while the command runs; must not raise.
 
@@ -80,8 +82,11 @@ def run(
             print(f"stages.{stage}: stopped by {signal.Signals(number).name}", file=sys.stderr)
         elif worker and (worker.code < 0 or not stderr.errors):  # a killed worker leaves no message of its own
             crash = torchrun.without_summary(stderr.text) if worker.code > 0 else ""
-            when = f"after {seconds:.0f} s; run again to continue; details in {os.path.relpath(logs[0])}"
+            when = f"after {seconds:.0f} s; run again to continue"
+            when += f"; details in {os.path.relpath(logs[0])}" if logs else ""
             print(f"{crash}stages.{stage}: {worker} {when}", file=sys.stderr)
+        elif by_torchrun and (alone := torchrun.missing_nodes(stderr.text)):
+            print(f"stages.{stage}: {alone}", file=sys.stderr)
         elif not stderr.errors:
             print(stderr.text or f"stages.{stage}: {message}\n", end="", file=sys.stderr)
     return code
@@ -162,7 +167,7 @@ def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
             sys.exit(128 + number)
         if number == signal.SIGTERM and signal.SIGHUP not in received:
             for child in forward_to:
-                child.send_signal(number)
+                _forward(child, number)
 
     previous = signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
@@ -172,6 +177,22 @@ def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
         yield received, forward_to
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _forward(child: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to the processes that torchrun started, each in a session of its own; else to the child itself.
+
+    They may receive it more than once. Torchrun ends without waiting for them at its third signal, and gets some itself
+    where all processes of a job are signalled, as by Slurm and systemd.
+    """
+    workers: list[int] = []
+    with suppress(psutil.Error, ProcessLookupError):
+        workers = [each.pid for each in psutil.Process(child.pid).children() if os.getsid(each.pid) == each.pid]
+    for worker in workers:
+        with suppress(ProcessLookupError):
+            os.kill(worker, number)
+    if not workers:
+        child.send_signal(number)
 
 
 class _StderrReader(threading.Thread):

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.proof
 
 HOSTS = {"chargpt0": ("10.77.0.1", "cable0"), "chargpt1": ("10.77.0.2", "cable1")}  # by namespace: address, interface
 TRAIN = ["-m", "gpt", *train_line("tokens")]
+TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), *TRAIN]
 TIMEOUT_S = 8
+StartNodes = Callable[..., list["subprocess.Popen[str]"]]
 
 
 @pytest.fixture(autouse=True)
@@ -60,24 +62,41 @@ def output(folder: Path) -> str:
     return (folder / "output.txt").read_text()
 
 
-def start_both(folder: Path, *tokens: Path, **changes: object) -> list["subprocess.Popen[str]"]:
-    """Start node 0 under the stage's wrapper, and node 1 with the command that the wrapper prints."""
+def prepare(folder: Path, *tokens: Path, **changes: object) -> list[Path]:
+    """The working directories of both nodes, with params and tokens."""
     for name, source in zip(("node0", "node1"), tokens * 2, strict=False):
         (folder / name).mkdir()
         shutil.copytree(source, folder / name / "tokens")
         write_params(folder / name / "params.yaml", launch__timeout=TIMEOUT_S, launch__processes=1, **changes)
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
-    wrapper = [sys.executable, "-m", "stages.train", torchrun, *TRAIN]
+    return [folder / "node0", folder / "node1"]
+
+
+def start_both(folder: Path, *tokens: Path, **changes: object) -> list["subprocess.Popen[str]"]:
+    """Start node 0 under the stage's wrapper, and node 1 with the command that the wrapper prints."""
+    node0, node1 = prepare(folder, *tokens, **changes)
     rendezvous = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "10.77.0.1:29511"}
-    first = start("chargpt0", folder / "node0", *wrapper, **rendezvous)
-    wait_for(lambda: "--node-rank=1" in output(folder / "node0"))
-    (line,) = (line for line in output(folder / "node0").splitlines() if "--node-rank=1" in line)
-    second = start("chargpt1", folder / "node1", "sh", "-c", f"exec env {line}")
+    first = start("chargpt0", node0, sys.executable, "-m", "stages.train", *TORCHRUN, **rendezvous)
+    wait_for(lambda: "stages.join" in output(node0))
+    (line,) = (line for line in output(node0).splitlines() if "stages.join" in line)
+    second = start("chargpt1", node1, "sh", "-c", f"exec env {line}")
     return [first, second]
 
 
-def test_two_hosts_train_the_bytes_of_one_process(tmp_path: Path, tokens: Path) -> None:
-    for node in start_both(tmp_path, tokens, train__max_steps=20, model__dropout=0.1):
+def start_by_launcher(folder: Path, tokens: Path, **changes: object) -> list["subprocess.Popen[str]"]:
+    """Start the same command on both nodes, node 1 first, with the variables of Kubeflow Trainer and nothing else."""
+    nodes = {}
+    for rank, node in reversed([*enumerate(prepare(folder, tokens, **changes))]):
+        group = {"PET_NNODES": "2", "PET_NODE_RANK": str(rank), "PET_NPROC_PER_NODE": "1"}
+        address = {"PET_MASTER_ADDR": "10.77.0.1", "PET_MASTER_PORT": "29511"}
+        line = [sys.executable, "-m", "stages.join", *TORCHRUN]
+        nodes[rank] = start(f"chargpt{rank}", node, *line, **group, **address)
+        wait_for(lambda: "waiting for node 0" in output(folder / "node1"))
+    return [nodes[0], nodes[1]]
+
+
+@pytest.mark.parametrize("start_nodes", [start_both, start_by_launcher])
+def test_two_hosts_train_the_bytes_of_one_process(start_nodes: StartNodes, tmp_path: Path, tokens: Path) -> None:
+    for node in start_nodes(tmp_path, tokens, train__max_steps=20, model__dropout=0.1):
         assert node.wait(120) == 0, output(tmp_path / "node0") + output(tmp_path / "node1")
     single = tmp_path / "single"
     single.mkdir()

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from tests.support.common import ROOT, environment, wait_for
 from tests.support.workspace import Workspace, ended
 
 WORKER = """
-import os, signal, sys, time
+import ctypes, os, signal, sys, time
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # dies with torchrun, as a rank does
 if sys.argv[1] == "refuse":
     sys.stderr.write("gpt train: model.n_head: wrong\\n")  # as gpt/__main__.py does
     sys.exit(2)
 if sys.argv[1].startswith("stop"):
     def stop(*_):
+        time.sleep(1)  # saves its state
         sys.stderr.write("gpt train: stopped after step 3\\n")
         sys.exit(75)
     signal.signal(signal.SIGTERM, stop)
@@ -59,7 +63,9 @@ def test_failures_of_torchrun_workers(place: Workspace) -> None:
     assert re.fullmatch(f"a traceback\n{RANK_1} ended with exit code 9 {END}", ended(failed, 9))
     assert re.fullmatch(f"{RANK_1} was killed by SIGKILL {END}", ended(killed, 137))
     wait_for(lambda: len([*place.folder.glob("stop?")]) == 2)
-    stopped.send_signal(signal.SIGTERM)
+    for pid in (stopped.pid, psutil.Process(stopped.pid).children()[0].pid) * 2:  # as Slurm and systemd do
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.1)  # equal signals that are pending count as one
     assert ended(stopped, 75) == "gpt train: stopped after step 3\nstages.train: stopped by SIGTERM\n"
     log = (place.folder / "gpt_nano.log").read_text()
     assert "exitcode  : 9 " in log

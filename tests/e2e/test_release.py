@@ -14,7 +14,7 @@ from gpt.core.files import sha256_file
 from stages.runs.run_record import EXPERIMENT
 from tests.support.clones import git, plain, share
 from tests.support.common import free_port, run, wait_for
-from tests.support.project import CHECKPOINT, artifacts, clone, dvc, logged_steps, runs, stage, store
+from tests.support.project import CHECKPOINT, artifacts, clone, dvc, dvc_environment, logged_steps, runs, stage, store
 
 pytestmark = pytest.mark.proof
 

@@ -1,45 +1,73 @@
-"""The files in deploy/: Kubernetes' resources are valid, and agree with what the code reads."""
+"""The files in deploy/: the Dockerfile passes hadolint, the server for a team has no default password and no open port.
 
+What runs in the containers is tested in tests/e2e/test_team_server.py.
+"""
+
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from kubeflow_trainer_api import models
-from ruamel.yaml import YAML
 
-from stages.execution import torchrun
-from tests.support.common import ROOT
+from tests.support.common import ROOT, read_yaml, run
 
-KUBERNETES = ROOT / "deploy" / "kubernetes"
-KINDS = {
-    "Job": models.IoK8sApiBatchV1Job,
-    "Service": models.IoK8sApiCoreV1Service,
-    "TrainJob": models.TrainerV1alpha1TrainJob,
-}
+DEPLOY = ROOT / "deploy"
+HADOLINT = Path(sys.executable).with_name("hadolint")
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+COMPOSE: dict[str, Any] = read_yaml(DEPLOY / "compose.yaml")
+AUTH: dict[str, Any] = read_yaml(DEPLOY / "compose.auth.yaml")
+TEXTS = [(DEPLOY / name).read_text(encoding="utf-8") for name in ("compose.yaml", "compose.auth.yaml")]
 
 
-def documents(name: str) -> dict[str, Any]:
-    """The resources in a file, by kind."""
-    text = (KUBERNETES / name).read_text(encoding="utf-8")
-    return {document["kind"]: document for document in YAML(typ="safe", pure=True).load_all(text)}
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [("", "", 0), ("slim-bookworm", "latest", 1), ("--no-install-recommends", "", 1), ("USER 1000", "USER root", 1)],
+)
+def test_hadolint_accepts_the_dockerfile_and_refuses_faults(tmp_path: Path, old: str, new: str, code: int) -> None:
+    (tmp_path / "Dockerfile").write_text(re.sub(r"python:\S+-latest", "python:latest", DOCKERFILE.replace(old, new)))
+    run([HADOLINT, tmp_path / "Dockerfile"], ROOT, code=code)
 
 
-@pytest.mark.parametrize("name", [path.name for path in KUBERNETES.glob("*.yaml")])
-def test_the_resources_are_valid(name: str) -> None:
-    """A field that the model of the resource does not know gets lost on the way through it."""
-    for kind, document in documents(name).items():
-        assert KINDS[kind].from_dict(document).to_dict() == document
+def test_images_install_the_locked_versions_and_do_not_run_as_root() -> None:
+    stages = re.split(r"^FROM .* AS ", DOCKERFILE, flags=re.MULTILINE)[1:]
+    assert [stage.split(maxsplit=1)[0] for stage in stages] == ["base", "server", "pipeline"]
+    for stage in stages[1:]:
+        assert re.findall(r"^USER (.*)", stage, re.MULTILINE) == ["1000"]
+    installs = re.findall(r"pip install (?:.|\\\n)*", DOCKERFILE)
+    assert len(installs) == 3
+    assert all("--constraint /opt/chargpt/requirements.lock" in line for line in installs)
 
 
-def test_the_job_describes_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = documents("job.yaml")
-    job, name = found["Job"]["spec"], found["Job"]["metadata"]["name"]
-    (container,) = job["template"]["spec"]["containers"]
-    for variable in container["env"]:
-        monkeypatch.setenv(variable["name"], variable.get("value", "1"))
-    group = torchrun.nodes()
-    assert group.count == job["completions"] == job["parallelism"]
-    domain = job["template"]["spec"]["subdomain"]
-    assert domain == found["Service"]["metadata"]["name"]
-    assert found["Service"]["spec"]["selector"] == {"job-name": name}
-    assert group.endpoint == f"{name}-0.{domain}:29500"
-    assert torchrun.training_environment(8)["PET_NPROC_PER_NODE"] == "1"
+def test_no_password_has_a_default() -> None:
+    required = r"\$\{\w+:\?set it in deploy/\.env\}"
+    services = [*COMPOSE["services"].values(), *AUTH["services"].values()]
+    given = [item for service in services for item in service["environment"].items()]
+    secret = [(name, value) for name, value in given if re.search("PASSWORD|SECRET|KEY", name)]
+    assert len(secret) == 9
+    assert [name for name, value in secret if not re.fullmatch(required, value)] == []
+    for text in TEXTS:
+        assert all(re.match(f"{required}@", rest) for rest in re.findall(r"://\w+:(.*@.*)", text))
+    names = {name for text in TEXTS for name in re.findall(r"\$\{(\w+):\?", text)}
+    example = (DEPLOY / ".env.example").read_text(encoding="utf-8")
+    assert set(re.findall(r"^(\w+)=$", example, re.MULTILINE)) == names
+
+
+def test_only_mlflow_can_be_reached_and_only_from_this_machine() -> None:
+    services = COMPOSE["services"]
+    assert {name: service["ports"] for name, service in services.items() if "ports" in service} == {
+        "mlflow": ["127.0.0.1:${MLFLOW_PORT:-5000}:5000"]
+    }
+    assert COMPOSE["networks"]["inside"] == {"internal": True}
+    assert {name for name, service in services.items() if service["networks"] != ["inside"]} == {"mlflow"}
+
+
+def test_services_wait_for_each_other_and_keep_their_data_in_named_volumes() -> None:
+    services = COMPOSE["services"]
+    for service in services.values():
+        for name, needed in service.get("depends_on", {}).items():
+            if needed["condition"] == "service_healthy":
+                assert "test" in services[name]["healthcheck"]
+        assert re.search(r":v?\d+\.?\d*|^chargpt-server$", service["image"])
+    mounted = {entry.split(":")[0] for service in services.values() for entry in service.get("volumes", [])}
+    assert mounted == set(COMPOSE["volumes"]) == {"database", "store"}

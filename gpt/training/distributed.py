@@ -5,7 +5,6 @@ summed in one fixed binary tree whose leaves are the shards, whichever rank hold
 commutative but not associative, so a fixed tree gives equal bits for 1, 2, 4, … ranks.
 """
 
-import ctypes
 import io
 import os
 import signal
@@ -28,11 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.core.errors import OneLineError, UserError
 from gpt.training.all_reduce import Peer, connect_peer
+from gpt.training.parent import end_with_parent
 
 BUCKET_MB = 25  # few large messages: each waits for the slower rank
 FOREVER = timedelta(days=365)
 STORE_TIMEOUT_S = 5  # once a rank is lost
-PR_SET_PDEATHSIG = 1  # from Linux's <sys/prctl.h>
+PROCESS_1 = Path("/proc/1/cmdline")  # Linux only
 
 
 class LostRankError(OneLineError):
@@ -190,10 +190,10 @@ def process_group(
 
 
 def _die_with_torchrun() -> None:
-    """Make the kernel kill this process when torchrun is killed, whose workers would live on (Linux only)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+    """End this process when torchrun is killed, whose workers would live on."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(signal.SIGKILL)
+        if os.getppid() == 1 and not (PROCESS_1.exists() and b"torch" in PROCESS_1.read_bytes()):
             sys.exit(1)  # torchrun died before the line above (in a container it may itself be process 1)
 
 

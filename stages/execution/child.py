@@ -1,6 +1,5 @@
 """Child processes of the wrappers: start, signals, stderr and exit code."""
 
-import ctypes
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from gpt.core.errors import StoppedError, UserError, printable
+from gpt.training import parent
 from stages.execution import torchrun
 
 POLL_S = 0.5  # between two calls of `on_poll`
@@ -24,8 +24,8 @@ STOPPED_AFTER_SAVING = StoppedError.exit_code
 ERROR_LINE = re.compile(r"gpt( [a-z-]+)?: ")  # the beginning of a one-line error of the commands
 STOPPED_LINE = "gpt train: stopped after step "  # that of StoppedError
 KEPT_LINES, KEPT_LINE_BYTES = 2000, 1 << 16
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded before any fork
+# Waits until the other end of the pipe closes, then sends SIGTERM to a process.
+GUARD = "import os, signal, sys; sys.stdin.read(); os.kill(int(sys.argv[1]), signal.SIGTERM)"
 
 
 def status_of(code: int) -> str:
@@ -64,11 +64,8 @@ def run(
         child = _start(words, environment)
         forward_to.append(child)
         stderr = _StderrReader(child)
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                code = child.wait(POLL_S)  # before the first poll: a command that fails at once need not wait
-                break
-            on_poll()
+        with _guard(child):
+            code = _wait(child, on_poll)
         seconds = time.monotonic() - started
         stderr.join(JOIN_S)  # a grandchild that is still alive would keep the pipe open
     by_torchrun = torchrun.is_torchrun(words)
@@ -90,6 +87,14 @@ def run(
         elif not stderr.errors:
             print(stderr.text or f"stages.{stage}: {message}\n", end="", file=sys.stderr)
     return code
+
+
+def _wait(child: subprocess.Popen[bytes], on_poll: Callable[[], None]) -> int:
+    """Wait for the child's end, polling; returns its exit code."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(POLL_S)  # before the first poll: a command that fails at once need not wait
+        on_poll()
 
 
 def _exit_code(code: int, worker: torchrun.Worker | None, received: Sequence[int], *, saved: bool) -> int:
@@ -119,12 +124,12 @@ def _log_failure(files: Sequence[Path], mark: str, message: str, stderr: str) ->
 
 
 def _start(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a child that receives SIGTERM when this process dies (Linux only)."""
-    parent = os.getpid()
+    """Start a child; on Linux, it receives SIGTERM when this process dies."""
+    own = os.getpid()
 
     def die_with_parent() -> None:
-        end_with_parent()
-        if os.getppid() != parent:
+        parent.end_with_parent(signal.SIGTERM)  # so that torchrun ends its workers too
+        if os.getppid() != own:
             os._exit(1)  # this process died before the line above
 
     try:
@@ -132,7 +137,7 @@ def _start(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.P
             words,
             env=os.environ | environment,
             stderr=subprocess.PIPE,
-            preexec_fn=die_with_parent,  # noqa: PLW1509
+            preexec_fn=die_with_parent if parent.LIBC else None,  # noqa: PLW1509
         )
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(
@@ -141,10 +146,18 @@ def _start(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.P
         ) from None
 
 
-def end_with_parent() -> None:
-    """Ask the system for a SIGTERM when this process's parent dies, even by SIGKILL (Linux only)."""
-    if LIBC:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # SIGTERM, so that torchrun ends its workers too
+@contextmanager
+def _guard(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Send the child SIGTERM when this process dies, where the system does not do it."""
+    if parent.LIBC:
+        yield
+        return
+    words = [sys.executable, "-c", GUARD, str(child.pid)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as guard:
+        try:
+            yield
+        finally:
+            guard.kill()  # before its pipe is closed
 
 
 @contextmanager
@@ -159,11 +172,11 @@ def _signals() -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
     """
     received: list[int] = []
     forward_to: list[subprocess.Popen[bytes]] = []
-    parent = os.getppid()
+    parent_id = os.getppid()
 
     def handle(number: int, _frame: object) -> None:
         received.append(number)
-        if os.getppid() != parent and forward_to and forward_to[0].returncode is not None:
+        if os.getppid() != parent_id and forward_to and forward_to[0].returncode is not None:
             sys.exit(128 + number)
         if number == signal.SIGTERM and signal.SIGHUP not in received:
             for child in forward_to:

@@ -20,7 +20,7 @@ from gpt.core.errors import UserError, printable
 from gpt.core.files import sha256_file
 from gpt.core.params import read_params
 from gpt.fast_import import skip_final_collection
-from stages.execution.child import end_with_parent
+from gpt.training.parent import end_with_parent
 from stages.runs.run_record import drop_states, flatten, main_workspace
 
 PATHS = (
@@ -88,7 +88,7 @@ class CommandLine:
 def enter(stage: str, main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a stage on this process's arguments and exit; a user's mistake becomes one line and exit code 2."""
     if "DVC_STAGE" in os.environ:
-        end_with_parent()  # if dvc is killed, a second `dvc repro` must not run beside this stage
+        end_with_parent(signal.SIGTERM)  # if dvc is killed, a second `dvc repro` must not run beside this stage
         if os.getpgid(os.getppid()) != os.getpgrp():  # dvc was killed before the line above
             sys.exit(1)
     for stream in (sys.stdout, sys.stderr):

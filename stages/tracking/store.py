@@ -157,4 +157,10 @@ class Store:
     def _create_experiment(self, address: str) -> str:
         """Create the experiment with a permanent artifact location: in our root, or the default of a server."""
         remote = not address.startswith(("sqlite:", "file:", "/"))
-        return str(self.client.create_experiment(self._name, None if remote else (self.root / "mlruns").as_uri()))
+        location = None if remote else (self.root / "mlruns").as_uri()
+        try:
+            return str(self.client.create_experiment(self._name, location))
+        except MlflowException:
+            if found := self.client.get_experiment_by_name(self._name):  # another workspace was faster
+                return self._checked(found)
+            raise

@@ -29,6 +29,7 @@ def test_a_message_cannot_add_lines_to_the_log(tmp_path: Path) -> None:
     assert lines[1].endswith(r"prompt a\n2026-01-01 00:00:00 INFO train: forged\x1b[2J")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
 def test_a_full_disk_is_reported_with_path_and_free_space() -> None:
     full = Path("/dev/full")
     with pytest.raises(UserError, match=r"/dev/full.* free") as error, explain_os_errors(full):

@@ -1,6 +1,5 @@
 """Estimates of memory: close to what is measured, and what does not fit is refused before it is allocated."""
 
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tests.support.common import (
     ROOT,
     environment,
     model_params,
+    peak_memory,
     read_yaml,
     run,
     small_params,
@@ -70,11 +70,11 @@ def test_a_training_that_does_not_fit_is_refused_at_once(
     key: str, run_main: RunMain, tmp_path: Path, tokens: Path
 ) -> None:
     write_params(tmp_path / "params.yaml", **HUGE[key])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory()
     line = run_main(*train_line(tokens), code=2)
     assert f"{key}: expected a value with which the training" in line
     assert " GB" in line
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 1 << 16  # in KiB
+    assert peak_memory() - peak < 1 << 26
 
 
 @pytest.mark.parametrize("key", HUGE_GENERATIONS)
@@ -135,6 +135,7 @@ def test_the_weights_are_those_of_the_model(
 
 
 @pytest.mark.proof
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of one process is in Linux's /proc")
 @pytest.mark.parametrize("case", MEASURED)
 def test_the_memory_of_a_training_is_between_half_and_twice_the_estimate(
     case: str, tmp_path: Path, tokens: Path

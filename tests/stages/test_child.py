@@ -108,6 +108,29 @@ def test_a_stage_does_not_start_after_the_death_of_dvc(tmp_path: Path, rest: str
     assert (tmp_path / "started").exists() == starts
 
 
+WITHOUT_PRCTL = """
+import sys
+from pathlib import Path
+from gpt.training import parent
+from stages.execution import child
+parent.LIBC = None
+code = child.run(sys.argv[1:], [Path("log")], stage="train", mark="train")
+sys.exit(code)
+"""
+
+
+def test_without_a_kernel_that_does_it_a_guard_ends_the_child_of_a_killed_wrapper(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", WITHOUT_PRCTL]
+    done = subprocess.run([*line, "sh", "-c", "exit 3"], cwd=tmp_path, env=environment(), check=False)
+    assert done.returncode == 3  # the guard, too, has ended
+    wrapper = subprocess.Popen([*line, "sleep", "60"], cwd=tmp_path, env=environment())
+    wait_for(lambda: len(psutil.Process(wrapper.pid).children()) == 2)
+    children = psutil.Process(wrapper.pid).children()
+    wrapper.kill()
+    wrapper.wait()
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+
+
 @pytest.mark.parametrize(("code", "status"), [(0, "FINISHED"), (1, "FAILED"), (2, "FAILED"), (75, "KILLED")])
 def test_status_for_an_exit_code(code: int, status: str) -> None:
     assert status_of(code) == status

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import shlex
 import socket
 import subprocess
@@ -151,6 +152,12 @@ def free_port() -> int:
     """A port of the loopback interface that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes; macOS reports bytes, Linux KiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def contents(folder: Path, names: Iterable[str]) -> dict[str, bytes]:

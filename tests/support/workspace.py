@@ -176,10 +176,10 @@ def answers(server: str) -> bool:
     return False
 
 
-def start_server(folder: Path, port: int, *words: str) -> "subprocess.Popen[bytes]":
-    """Start a real `mlflow server` that works in a folder, in a process group of its own."""
+def start_server(folder: Path, port: int, *words: str, **more: str) -> "subprocess.Popen[bytes]":
+    """Start a real `mlflow server` that works in a folder, with more variables, in a process group of its own."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    variables |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    variables |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **more}
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *words]
     with (folder / "log").open("a") as log:
         return subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True)

@@ -5,6 +5,7 @@ import random
 import select
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # public,
 
 from gpt.training.all_reduce import CHUNK_BYTES, SharedMemoryPeer, accept_own
 from gpt.training.distributed import Group, LostRankError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks share memory on Linux only; elsewhere gloo")
 
 Connect = Callable[..., list[SharedMemoryPeer]]
 Result = TypeVar("Result")

@@ -114,6 +114,7 @@ def test_dvc_and_missing_tokens_are_refused_on_other_machines(
     assert message in only_line(refused.stderr)
 
 
+@pytest.mark.proof
 def test_node_0_that_stays_alone_says_so(tmp_path: Path, tokens: Path) -> None:
     write_params(tmp_path / "params.yaml")
     address = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}", "PET_RDZV_CONF": "timeout=1"}

@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Barrier
 
 import psutil
 import pytest
@@ -29,6 +31,19 @@ def test_two_wrappers_that_create_the_store_at_the_same_time(server: str, tmp_pa
     runs = place.runs()
     assert {run["params"]["train.seed"] for run in runs} == {"1", "2"}
     assert [steps(run, "train/loss") for run in runs] == [list(range(12))] * 2
+
+
+def test_workspaces_that_create_the_same_experiment_at_once_all_open_it(server: str, tmp_path: Path) -> None:
+    """Each finds none first, since the server answers all of them before the first one creates it."""
+    wait_for(lambda: answers(server))
+    start = Barrier(8)
+
+    def connect(number: int) -> Store:
+        start.wait(20)
+        return Store(server, tmp_path / str(number), "at once")
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(list(threads.map(connect, range(8)))) == 8
 
 
 def test_tags_params_and_dataset_of_a_trained_model(done: Workspace) -> None:

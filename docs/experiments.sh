@@ -40,3 +40,4 @@ show "mlflow artifacts download -r $(mlflow runs list --experiment-id 1 | awk '/
 show 'python -m gpt generate --checkpoint old/chargpt_nano.pt --prompt "ROMEO:" --max-new-tokens 80'
 show 'dvc exp list --all-commits'
 show 'dvc exp remove grid-1 grid-2 grid-3 grid-4'
+show "python -m stages.sweep search --trials 8 -S 'train.learning_rate=tag(log,interval(0.001,0.1))' -S 'model.n_layer=range(2,4)' -S model.dropout=0.0"

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from gpt.core.errors import UserError
 from gpt.serving.completions import Chunk, Completion
@@ -40,7 +41,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(pool.run(watch_s))
+        app.state.running = task = asyncio.create_task(pool.run(watch_s))
         yield
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -70,6 +71,8 @@ def make_app(
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        if app.state.running.done():
+            raise RequestError(503, "the models no longer run; restart the server", kind="server_error")
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -98,9 +101,26 @@ def _add_completions(app: FastAPI, pool: ModelPool, limits: Limits, metrics: Met
                 metrics.tokens.labels("generated").inc(completion.usage()["completion_tokens"])
 
         if body.stream:
-            return StreamingResponse(_events(completion, measured()), media_type="text/event-stream")
-        content = await _unless_disconnected(request, _collect(completion, measured()))
+            return _Stream(completion, _events(completion, measured()))
+        try:
+            content = await _unless_disconnected(request, _collect(completion, measured()))
+        finally:
+            completion.cancel()
         return JSONResponse(content) if content else Response(status_code=499)
+
+
+class _Stream(StreamingResponse):
+    """A stream of events that cancels its completion when it ends, also if the client disconnects before it begins."""
+
+    def __init__(self, completion: Completion, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._completion = completion
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._completion.cancel()
 
 
 async def _collect(completion: Completion, chunks: AsyncIterator[tuple[int, Chunk]]) -> dict[str, Any]:

@@ -130,24 +130,25 @@ class Completion:
         Raises:
             RequestError: the time is over, or the model failed.
         """
-        try:
-            if self.request.echo and self.request.logprobs is None:
-                for choice, prompt in self._choices.values():
-                    yield choice.index, choice.echo(prompt, [])
-            missing = len(self._choices)
-            while missing:
-                generation, tokens = await self._next_event()
-                choice, prompt = self._choices[generation]
-                if choice.finished:
-                    continue
-                for chunk in self._parts(generation, choice, prompt, tokens):
-                    yield choice.index, chunk
-                if choice.finished:
-                    generation.cancel()
-                    missing -= 1
-        finally:
-            for generation in self._choices:
+        if self.request.echo and self.request.logprobs is None:
+            for choice, prompt in self._choices.values():
+                yield choice.index, choice.echo(prompt, [])
+        missing = len(self._choices)
+        while missing:
+            generation, tokens = await self._next_event()
+            choice, prompt = self._choices[generation]
+            if choice.finished:
+                continue
+            for chunk in self._parts(generation, choice, prompt, tokens):
+                yield choice.index, chunk
+            if choice.finished:
                 generation.cancel()
+                missing -= 1
+
+    def cancel(self) -> None:
+        """Generate no more; to be called at the end in any case, even if `chunks` was never iterated."""
+        for generation in self._choices:
+            generation.cancel()
 
     def usage(self) -> dict[str, Any]:
         """The number of tokens so far."""

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from gpt.core.errors import printable
 from gpt.core.params import Seed
 from gpt.generation.sampling import SamplingParams
 
@@ -35,7 +36,8 @@ class RequestError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        error = {"message": printable(message), "type": kind, "param": printable(param) if param else None}
+        self.content = {"error": {**error, "code": code}}
         self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
 
 

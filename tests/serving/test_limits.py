@@ -10,11 +10,14 @@ from typing import Any
 import openai
 import pytest
 import requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gpt.core.errors import UserError
 from gpt.generation.decoding import Decoder
 from gpt.serving import guard
 from gpt.serving.guard import Limits
+from gpt.serving.protocol import CompletionRequest
 from gpt.serving.server import API_KEY
 from tests.support.common import wait_for
 from tests.support.serving import TIMEOUT_S, Client, serving
@@ -61,6 +64,26 @@ def test_a_bad_request_gets_an_error_in_openais_form(
     assert message in error["message"]
     assert error["type"]
     assert server.complete(prompt="a", max_tokens=2)["text"]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=9),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values, max_size=2),
+    max_leaves=4,
+)
+FIELDS = st.sampled_from([*CompletionRequest.model_fields, "text", "layer", "\ud800"])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=st.sampled_from(["completions", "next", "inside"]), body=st.dictionaries(FIELDS, VALUES, max_size=3))
+def test_no_body_makes_the_server_fail(server: Client, path: str, body: dict[str, Any]) -> None:
+    address = f"{server.address}/{'v1' if path == 'completions' else 'explore'}/{path}"
+    content = json.dumps({"prompt": "a", "max_tokens": 2, **body} if path == "completions" else {"text": "a", **body})
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(address, data=content.encode(), headers=headers, timeout=9)
+    if answer.status_code != 200:
+        assert answer.status_code in {400, 404, 413, 429}
+        assert answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"\xff", b'{"prompt": NaN}', b"[" * 1500])
@@ -112,6 +135,19 @@ def test_the_place_of_a_client_that_disconnects_is_free_at_once(server: Client, 
     began = time.monotonic()
     wait_for(lambda: is_idle(server))
     assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_requests_whose_clients_are_gone_at_once_are_not_computed(trained: Path, stream: bool) -> None:
+    content = json.dumps({**LONG, "stream": stream}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(trained / "model.pt", limits=SMALL) as server:
+        for _ in range(30):
+            with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as connection:
+                connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        began = time.monotonic()
+        wait_for(lambda: is_idle(server))
+        assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("stream", [True, False])

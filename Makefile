@@ -20,7 +20,7 @@ repro: $(VENV)/checked ## Install, check params.yaml, repair DVC's files after a
 test: $(VENV)/test ## Install the test dependencies and run the tests (4 to 6 minutes)
 	python -m pytest -n 2 --dist loadfile -m "not proof"
 
-proof: $(VENV)/test ## Run the slow tests; they need root and the browser Chromium
+proof: $(VENV)/test ## Run the slow tests; they need root and Debian's packages chromium and postgresql
 	python -m pytest -m proof
 	CHARGPT_FUZZ_CASES=3400 python -m pytest tests/commands/test_fuzz.py
 

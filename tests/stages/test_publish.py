@@ -21,7 +21,7 @@ from gpt.core.errors import UserError
 from gpt.core.files import sha256_file
 from stages.tracking.store import Store
 from tests.support.common import wait_for
-from tests.support.workspace import PARAMS, Workspace, answers, ended, experiment_id, runs_in, steps, values
+from tests.support.workspace import PARAMS, Workspace, answers, ended, experiment_id, runs_in, serving, steps, values
 
 
 def test_two_wrappers_that_create_the_store_at_the_same_time(server: str, tmp_path: Path) -> None:
@@ -306,6 +306,22 @@ def test_a_server_that_is_down_costs_a_line_and_sync_publishes_later(place: Work
     assert {"val/bits_per_char", "val/best_loss"} <= set(run["metrics"])
     assert steps(run, "train/loss") == list(range(12))
     assert {"w.pt", "params.yaml", "evaluate.json", "pictures/attention.png"} <= set(run["artifacts"])
+
+
+@pytest.mark.proof
+def test_a_server_below_a_path_is_reached_without_the_proxy_of_the_environment(
+    place: Workspace, tmp_path: Path
+) -> None:
+    """The address has a path, as behind a reverse proxy; the proxy for outgoing requests does not exist."""
+    (tmp_path / "server").mkdir()
+    stores = ["--backend-store-uri", "sqlite:///mlflow.db", "--artifacts-destination", "files"]
+    with serving(tmp_path / "server", *stores, "--static-prefix", "/team") as server:
+        place.environment |= {"MLFLOW_TRACKING_URI": f"{server}/team", "http_proxy": "http://127.0.0.1:9"}
+        wait_for(lambda: answers(f"{server}/team") or answers(server), 60)
+        assert ended(place.train()) == ""
+        (run,) = runs_in(MlflowClient(f"{server}/team"))
+        assert "val/best_loss" in run["metrics"]
+        assert {"w.pt", "params.yaml"} <= set(run["artifacts"])
 
 
 @pytest.mark.parametrize("stage", ["train", "evaluate"])

@@ -27,7 +27,7 @@ def store(trained: Path, tmp_path: Path, empty_store: Path, monkeypatch: pytest.
     """A store with two models as versions 1 and 2, of which the first one is the champion."""
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")  # as the registry sets it
     store = connect(tmp_path, "chargpt")
     first = load(trained / "model.pt").checkpoint
     second = replace(first, weights={name: 1.01 * weight for name, weight in first.weights.items()})

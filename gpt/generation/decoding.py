@@ -28,7 +28,7 @@ def generate_tokens(
         cached: see `Decoder`.
     """
     decoder = Decoder(model, len(prompts), cached=cached)
-    logits_BV = torch.stack([decoder.add(prompt)[-1] for prompt in prompts])
+    logits_BV = torch.stack([logits_TV[-1] for logits_TV in decoder.add(prompts)])
     vocab_size = logits_BV.shape[-1]
     samplers = [Sampler(params, seed, prompt, vocab_size) for prompt, seed in zip(prompts, seeds, strict=True)]
     for step in range(1, params.max_new_tokens + 1):
@@ -42,8 +42,7 @@ class Decoder:
     """Computes the logits of the next token for growing sequences, each in a window of `block_size` tokens.
 
     Sequences can be added and removed at any time. They are computed as one batch, but the logits of a sequence do not
-    depend on the others: products have at least `MIN_ROWS` rows, lengths are padded to a multiple of `LENGTH_STEP`, and
-    each sequence is prefilled alone.
+    depend on the others: products have at least `MIN_ROWS` rows, and lengths are padded to a multiple of `LENGTH_STEP`.
 
     Of a longer prompt the window holds the end. A full window keeps its last half and the next token, and is prefilled
     again, since the position of every token changes. This is the same for all position schemes.
@@ -59,16 +58,19 @@ class Decoder:
         self._windows: list[list[int]] = []
 
     @torch.inference_mode()
-    def add(self, prompt: Sequence[int]) -> Tensor:
-        """Add a sequence as the last one; returns the logits at all positions of its window, (T, V), on the CPU."""
-        self._windows.append(list(prompt[-self._block_size :]))
-        return self._prefill(len(self._windows) - 1)
+    def add(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Add sequences after the others; returns the logits at all positions of their windows, (T, V) each."""
+        first = len(self._windows)
+        self._windows += [list(prompt[-self._block_size :]) for prompt in prompts]
+        return self._prefill(range(first, len(self._windows)))
 
     def remove(self, sequence: int) -> None:
         """Remove a sequence; the last one takes its place."""
         last = len(self._windows) - 1
-        if self._cache and sequence != last:
-            self._row(self._cache, sequence).copy_from(self._row(self._cache, last))
+        if self._cache:
+            if sequence != last:
+                self._row(self._cache, sequence).copy_from(self._row(self._cache, last))
+            self._row(self._cache, last).clear()
         self._windows[sequence] = self._windows[last]
         self._windows.pop()
 
@@ -82,35 +84,42 @@ class Decoder:
                 del window[: -(self._block_size // 2 + 1)]
                 prefilled.append(sequence)
         if self._cache is None or len(prefilled) == len(tokens):
-            return torch.stack([self._prefill(sequence)[-1] for sequence in range(len(tokens))])
+            return torch.stack([logits_TV[-1] for logits_TV in self._prefill(range(len(tokens)))])
         for sequence in prefilled:  # they stay in the batch; their logits are replaced below
             self._row(self._cache, sequence).clear()
         logits_BV = self._next(self._cache, tokens)
-        for sequence in prefilled:
-            logits_BV[sequence] = self._prefill(sequence)[-1]
+        for sequence, logits_TV in zip(prefilled, self._prefill(prefilled), strict=True):
+            logits_BV[sequence] = logits_TV[-1]
         return logits_BV
 
     def _next(self, cache: KVCache, tokens: Sequence[int]) -> Tensor:
         """Compute one token of each sequence, (B, V); unused rows of the cache fill the batch up to `MIN_ROWS`."""
         rows = max(len(tokens), MIN_ROWS)
-        cache.rows(len(tokens), rows).clear()
-        batch = cache.rows(0, rows)
+        if len(cache.lengths_B) != rows:
+            cache = cache.rows(0, rows)
         last_B1 = torch.tensor([*tokens, *[0] * (rows - len(tokens))], device=self._model.device)[:, None]
-        logits_BTV: Tensor = self._model(last_B1, batch)
-        batch.advance(1)
+        logits_BTV: Tensor = self._model(last_B1, cache)
+        cache.advance(1, len(tokens))
         return logits_BTV[: len(tokens), -1].float().cpu()
 
-    def _prefill(self, sequence: int) -> Tensor:
-        """Compute the window of a sequence from the start, (T, V)."""
-        window = self._windows[sequence]
-        padding = min(round_up(len(window)), self._block_size) - len(window)
-        row = self._row(self._cache, sequence) if self._cache else None
-        if row:
-            row.clear()
-        logits_BTV: Tensor = self._model(torch.tensor([window + [0] * padding], device=self._model.device), row)
-        if row:
-            row.advance(len(window))
-        return logits_BTV[0, : len(window)].float().cpu()
+    def _prefill(self, sequences: Sequence[int]) -> list[Tensor]:
+        """Compute the windows of sequences from the start, (T, V) each; those of the same padded length together."""
+        logits: dict[int, Tensor] = {}
+        groups: dict[int, list[int]] = {}
+        for sequence in sequences:
+            groups.setdefault(round_up(len(self._windows[sequence])), []).append(sequence)
+        for length, group in groups.items():
+            windows = [self._windows[sequence] for sequence in group]
+            padded = [window + [0] * (min(length, self._block_size) - len(window)) for window in windows]
+            cache = self._model.make_cache(len(group)) if self._cache else None
+            logits_BTV = self._model(torch.tensor(padded, device=self._model.device), cache).float().cpu()
+            for row, (sequence, window) in enumerate(zip(group, windows, strict=True)):
+                logits[sequence] = logits_BTV[row, : len(window)]
+                if self._cache and cache:
+                    filled = self._row(cache, row)
+                    filled.advance(len(window))
+                    self._row(self._cache, sequence).copy_from(filled)
+        return [logits[sequence] for sequence in sequences]
 
     @staticmethod
     def _row(cache: KVCache, sequence: int) -> KVCache:

@@ -64,7 +64,8 @@ class SelfAttention(nn.Module):
         q_BTHD, k_BTHD, v_BTHD = (
             project(x_BTC).unflatten(-1, (-1, self.head_size)) for project in (self.query, self.key, self.value)
         )
-        positions_BT = cache.positions(x_BTC.shape[1]) if cache else None
+        following = cache.next_tokens(x_BTC.shape[1]) if cache else None
+        positions_BT = following.positions_BT if following else None
         if self.norm:  # bounds the scores (Henry et al. 2020)
             q_BTHD, k_BTHD = self.norm(q_BTHD, (self.head_size,)), self.norm(k_BTHD, (self.head_size,))
         if self.rotary:
@@ -74,13 +75,14 @@ class SelfAttention(nn.Module):
             k_BHSD, v_BHSD = cache.update(self.layer, k_BHSD, v_BHSD)
         if q_BHTD.device.type == "cpu":  # in bfloat16 the backward pass takes five times as long there
             q_BHTD, k_BHSD, v_BHSD = q_BHTD.float(), k_BHSD.float(), v_BHSD.float()
-        if positions_BT is None and not self.bias:
-            return AttentionInputs(q_BHTD, k_BHSD, v_BHSD, bias=None, mask=None)
+        if not self.bias:
+            mask = following.mask_B1TS if following else None
+            return AttentionInputs(q_BHTD, k_BHSD, v_BHSD, bias=None, mask=mask)
         keys_S = torch.arange(k_BHSD.shape[2], device=x_BTC.device)
         distances = (keys_S if positions_BT is None else positions_BT)[..., None] - keys_S
         mask = distances >= 0 if positions_BT is None else (distances >= 0).unsqueeze(1)
         with torch.autocast("cpu", enabled=False):
-            bias = self.bias(q_BHTD, distances) if self.bias else None
+            bias = self.bias(q_BHTD, distances)
         return AttentionInputs(q_BHTD, k_BHSD, v_BHSD, bias, mask)
 
 

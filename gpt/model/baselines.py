@@ -41,7 +41,9 @@ class Average(LanguageModel):
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:  # noqa: D102 (see the base class)
         x_BSC = self.token_embedding(tokens_BT)
         length = tokens_BT.shape[1]
-        positions = torch.arange(length, device=self.device) if cache is None else cache.positions(length)
+        positions = (
+            torch.arange(length, device=self.device) if cache is None else cache.next_tokens(length).positions_BT
+        )
         if cache:
             cached_BHSC, _ = cache.update(0, x_BSC[:, None], x_BSC[:, None])
             x_BSC = cached_BHSC.squeeze(1)
@@ -65,7 +67,7 @@ class SingleHead(LanguageModel):
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:  # noqa: D102 (see the base class)
         x_BTC = self.token_embedding(tokens_BT)
         if self.positions is not None:
-            x_BTC = self.positions(x_BTC, cache.positions(tokens_BT.shape[1]) if cache else None)
+            x_BTC = self.positions(x_BTC, cache.next_tokens(tokens_BT.shape[1]).positions_BT if cache else None)
         logits_BTV: Tensor = self.output(self.attention(x_BTC, cache))
         return logits_BTV
 

@@ -197,7 +197,7 @@ class GPT(LanguageModel):
             # The norm gives rare and frequent n-grams the same scale.
             x_BTC = self.embedding_norm(x_BTC + ngrams_BTC, x_BTC.shape[-1:])
         if self.positions is not None:
-            x_BTC = self.positions(x_BTC, cache.positions(length) if cache else None)
+            x_BTC = self.positions(x_BTC, cache.next_tokens(length).positions_BT if cache else None)
         x_BTC = self.dropout(x_BTC)
         for block in self.blocks:
             x_BTC = block(x_BTC, cache)

@@ -1,7 +1,7 @@
 """Key-value cache: keys and values of earlier tokens, so that generation computes each token once."""
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -9,7 +9,15 @@ from torch import Tensor
 LENGTH_STEP = 16  # attention is computed over a multiple of this number of keys
 
 
-@dataclass(frozen=True)
+class NextTokens(NamedTuple):
+    """Where the next tokens go: their positions (B, T), the number of keys S up to them, and the mask (B, 1, T, S)."""
+
+    positions_BT: Tensor
+    end: int
+    mask_B1TS: Tensor
+
+
+@dataclass
 class KVCache:
     """Keys and values of all layers in tensors of fixed size (Pope et al. 2022).
 
@@ -21,6 +29,7 @@ class KVCache:
     values_LBHSD: Tensor
     tokens_BS: Tensor
     lengths_B: Tensor
+    _next: NextTokens | None = field(default=None, init=False)  # of all layers
 
     @classmethod
     def empty(cls, shape_LBHSD: tuple[int, int, int, int, int], device: torch.device) -> Self:
@@ -42,37 +51,44 @@ class KVCache:
             self.lengths_B[first:last],
         )
 
-    def positions(self, count: int) -> Tensor:
-        """Positions of the next `count` tokens of each sequence, (B, T)."""
-        return self.lengths_B[:, None] + torch.arange(count, device=self.lengths_B.device)
+    def next_tokens(self, count: int) -> NextTokens:
+        """Where the next `count` tokens of each sequence go. All layers share the answer.
+
+        S is a multiple of `LENGTH_STEP`, so that what the kernels compute for a sequence does not depend on the others.
+        """
+        if self._next is None:
+            device = self.lengths_B.device
+            positions_BT = self.lengths_B[:, None] + torch.arange(count, device=device)
+            end = round_up(int(self.lengths_B.max()) + count)
+            mask_BTS = positions_BT[..., None] >= torch.arange(end, device=device)
+            self._next = NextTokens(positions_BT, end, mask_BTS[:, None])
+        return self._next
 
     def append_tokens(self, tokens_BT: Tensor, previous: int) -> Tensor:
         """Store the next tokens and return them after the `previous` tokens before them, padded at the start with 0."""
-        self.tokens_BS.scatter_(1, self.positions(tokens_BT.shape[1]), tokens_BT)
+        self.tokens_BS.scatter_(1, self.next_tokens(tokens_BT.shape[1]).positions_BT, tokens_BT)
         before_BT = self.lengths_B[:, None] - torch.arange(previous, 0, -1, device=tokens_BT.device)
         earlier_BT = self.tokens_BS.gather(1, before_BT.clamp(min=0)).masked_fill(before_BT < 0, 0)
         return torch.cat([earlier_BT, tokens_BT], dim=1)
 
     def update(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values of the next tokens; return those of all positions, (B, H, S, D) each.
-
-        S is a multiple of `LENGTH_STEP`, so that what the kernels compute for a sequence does not depend on the others.
-        """
-        count = k_BHTD.shape[2]
-        positions_BT, end = self.positions(count), round_up(int(self.lengths_B.max()) + count)
-        sequences_B1 = torch.arange(len(self.lengths_B), device=positions_BT.device)[:, None]
+        """Store a layer's keys and values of the next tokens; return those of all positions, (B, H, S, D) each."""
+        positions_BT, end, _ = self.next_tokens(k_BHTD.shape[2])
+        index_BHTD = positions_BT[:, None, :, None].expand_as(k_BHTD)
         keys_BHSD, values_BHSD = self.keys_LBHSD[layer], self.values_LBHSD[layer]
-        keys_BHSD[sequences_B1, :, positions_BT] = k_BHTD.transpose(1, 2)
-        values_BHSD[sequences_B1, :, positions_BT] = v_BHTD.transpose(1, 2)
+        keys_BHSD.scatter_(2, index_BHTD, k_BHTD)
+        values_BHSD.scatter_(2, index_BHTD, v_BHTD)
         return keys_BHSD[:, :, :end], values_BHSD[:, :, :end]
 
-    def advance(self, tokens: int) -> None:
-        """Count the tokens that all layers have stored."""
-        self.lengths_B.add_(tokens)
+    def advance(self, tokens: int, sequences: int | None = None) -> None:
+        """Count the tokens that all layers have stored, of the first `sequences` or of all."""
+        self.lengths_B[:sequences] += tokens
+        self._next = None
 
     def clear(self) -> None:
         """Remove the tokens of all sequences."""
         self.lengths_B.zero_()
+        self._next = None
 
     def copy_from(self, other: "KVCache") -> None:
         """Copy all sequences of another cache of the same model."""

@@ -161,8 +161,8 @@ class Engine:
             self.running.pop()
         logits = list(self._decoder.step([each.last for each in self.running])) if self.running else []
         scored: list[list[ScoredToken]] = [[] for _ in self.running]
-        for generation in joining:
-            logits_TV = self._decoder.add(generation.prompt)
+        prefilled = self._decoder.add([each.prompt for each in joining])
+        for generation, logits_TV in zip(joining, prefilled, strict=True):
             self.running.append(generation)
             logits.append(logits_TV[-1])
             scored.append(_score_prompt(generation, logits_TV) if generation.score_prompt else [])

@@ -44,7 +44,7 @@ def test_the_cache_does_not_change_the_logits(variant: LanguageModel) -> None:
     """Also after windows have overflowed at different steps: at steps 1, 4 and 8 first."""
     torch.manual_seed(1)
     cached, reference = Decoder(variant, 4), Decoder(variant, 4, cached=False)
-    actual_BV, expected_BV = (torch.stack([part.add(prompt)[-1] for prompt in PROMPTS]) for part in (cached, reference))
+    actual_BV, expected_BV = (torch.stack([added[-1] for added in part.add(PROMPTS)]) for part in (cached, reference))
     for _ in range(14):
         assert torch.allclose(actual_BV, expected_BV, atol=1e-4)
         tokens = torch.randint(11, (4,)).tolist()
@@ -63,9 +63,9 @@ def test_sequences_join_and_leave_without_an_effect_on_the_others(variant: Langu
     samplers = {seed: Sampler(params, seed, prompt, 11) for seed, prompt in prompts.items()}
     waiting = list(prompts)
     while waiting or active:
-        for _ in range(min(len(waiting), 6 - len(active), 2)):
-            active.append(waiting.pop(0))
-            logits.append(decoder.add(prompts[active[-1]])[-1])
+        joining = [waiting.pop(0) for _ in range(min(len(waiting), 6 - len(active), 3))]
+        active += joining
+        logits += [added[-1] for added in decoder.add([prompts[seed] for seed in joining])]
         tokens = sample_tokens(torch.stack(logits), [samplers[seed] for seed in active])
         for seed, token in zip(active, tokens, strict=True):
             texts[seed].append(token)
@@ -84,12 +84,10 @@ def test_the_logits_of_a_sequence_are_bit_identical_in_every_batch() -> None:
     config = model_params(n_layer=2, n_head=4, n_embd=160, block_size=64, dropout=0, position="rotary", ngram=3)
     model = strong_model(config, vocab_size=65)
     alone = Decoder(model, 1)
-    expected = [alone.add([1, 2, 3])[-1], *(alone.step([token])[0] for token in range(60))]
+    expected = [alone.add([[1, 2, 3]])[0][-1], *(alone.step([token])[0] for token in range(60))]
     for others in (1, 2, 6, 15, 31):
         decoder = Decoder(model, 1 + others)
-        first = decoder.add([1, 2, 3])[-1]
-        for other in range(others):
-            decoder.add([4] * (1 + other))
+        first = decoder.add([[1, 2, 3], *([4] * (1 + other) for other in range(others))])[0][-1]
         assert all(
             map(torch.equal, expected, [first, *(decoder.step([token] * (1 + others))[0] for token in range(60))])
         )
@@ -106,8 +104,8 @@ def test_a_batch_generates_the_same_tokens_as_single_sequences(variant: Language
 def test_the_window_holds_the_end_of_a_long_prompt_and_keeps_its_last_half_when_full(variant: LanguageModel) -> None:
     prompt = [0, 8, 3, 1, 4, 1, 5, 9, 2, 6]
     decoder = Decoder(variant, 1)
-    assert torch.equal(decoder.add(prompt), Decoder(variant, 1).add(prompt[-8:]))
-    assert torch.allclose(decoder.step([7])[0], Decoder(variant, 1).add([5, 9, 2, 6, 7])[-1], atol=1e-5)
+    assert torch.equal(decoder.add([prompt])[0], Decoder(variant, 1).add([prompt[-8:]])[0])
+    assert torch.allclose(decoder.step([7])[0], Decoder(variant, 1).add([[5, 9, 2, 6, 7]])[0][-1], atol=1e-5)
 
 
 def test_the_seed_alone_determines_the_tokens(model: GPT) -> None:

@@ -72,7 +72,10 @@ export const isAbort = (error) => error instanceof DOMException && error.name ==
 
 async function request(path, body, signal) {
   const key = sessionStorage.getItem(KEY);
-  const headers = { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) };
+  const headers = {
+    ...(body && { "Content-Type": "application/json" }),
+    ...(key && { Authorization: `Bearer ${key}` }),
+  };
   const options = body ? { method: "POST", body: JSON.stringify(body), headers, signal } : { headers, signal };
   const response = await answered(fetch(path, options));
   if (!response.ok) throw await failure(response);
@@ -120,7 +123,8 @@ async function* events(response) {
 /** The tokens of a choice. Where they do not spell its text (parts of a character), the text is one token. */
 function tokensOf(choice) {
   const { text = "", logprobs = null } = choice ?? {};
-  if (!logprobs || logprobs.tokens.join("") !== text) return text ? [{ text, probability: null, alternatives: [] }] : [];
+  if (!logprobs || logprobs.tokens.join("") !== text)
+    return text ? [{ text, probability: null, alternatives: [] }] : [];
   return logprobs.tokens.map((token, index) => ({
     text: token,
     probability: logprobs.token_logprobs[index] === null ? null : Math.exp(logprobs.token_logprobs[index]),

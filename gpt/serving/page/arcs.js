@@ -10,7 +10,8 @@ export class Arcs {
     this.element = element;
     this.onSelect = select;
     element.addEventListener("pointerover", (event) => {
-      if (event.target.dataset.row !== undefined) select(Number(event.target.dataset.row));
+      const { row } = /** @type {SVGElement} */ (event.target).dataset;
+      if (row !== undefined) select(Number(row));
     });
     element.addEventListener("keydown", (event) => this.#key(event));
   }
@@ -43,7 +44,12 @@ export class Arcs {
       if (value === null) return [];
       const { amount, sign } = this.strength(value);
       if (amount < threshold) return [];
-      const arc = svg("path", { d: this.#path(query, key), class: sign, "stroke-width": (0.5 + 6 * amount).toFixed(2), "data-key": key });
+      const arc = svg("path", {
+        d: this.#path(query, key),
+        class: sign,
+        "stroke-width": (0.5 + 6 * amount).toFixed(2),
+        "data-key": key,
+      });
       /** @type {any} */ (arc).style.setProperty("--amount", amount.toFixed(3));
       return [arc];
     });
@@ -62,8 +68,18 @@ export class Arcs {
 
   #label(token, index) {
     const middle = this.#middle(index);
-    const text = svg("text", { x: middle, y: this.height + 16, "text-anchor": "middle", "font-size": Math.min(14, this.step * 1.3) }, [...token].slice(0, Math.max(1, Math.floor(this.step / 8))).join(""));
-    const target = svg("rect", { x: middle - this.step / 2, y: this.height, width: this.step, height: 26, "data-row": index });
+    const text = svg(
+      "text",
+      { x: middle, y: this.height + 16, "text-anchor": "middle", "font-size": Math.min(14, this.step * 1.3) },
+      [...token].slice(0, Math.max(1, Math.floor(this.step / 8))).join(""),
+    );
+    const target = svg("rect", {
+      x: middle - this.step / 2,
+      y: this.height,
+      width: this.step,
+      height: 26,
+      "data-row": index,
+    });
     return svg("g", { class: "token-label" }, text, target);
   }
 

@@ -33,7 +33,12 @@ export function startComparison(currentText) {
     await reporting("compare", async () => {
       const finished = await Promise.all(sides.map((side) => runSide(side, changes, signal)));
       const scored = changes.max_tokens === 0;
-      report("compare", scored ? "Both models scored the same text." : `${sides[0].select.value}: ${finished[0]} ${sides[1].select.value}: ${finished[1]}`);
+      report(
+        "compare",
+        scored
+          ? "Both models scored the same text."
+          : `${sides[0].select.value}: ${finished[0]} ${sides[1].select.value}: ${finished[1]}`,
+      );
     });
     if (running.signal === signal) byId("stop-both").disabled = true;
   }
@@ -57,7 +62,9 @@ async function runSide({ select, summary, view }, changes, signal) {
 /** The mean surprise of the generated text, or of all of it, in bits. */
 function meanSurprise(view, all) {
   const tokens = view.tokens.slice(all ? 0 : view.tokens.length - view.generated);
-  const bits = tokens.filter(({ probability }) => probability !== null).map(({ probability }) => -Math.log2(probability));
+  const bits = tokens
+    .filter(({ probability }) => probability !== null)
+    .map(({ probability }) => -Math.log2(probability));
   if (!bits.length) return "";
   const mean = bits.reduce((sum, each) => sum + each, 0) / bits.length;
   return `${mean.toFixed(2)} bits per token over ${bits.length} ${all ? "" : "generated "}tokens`;

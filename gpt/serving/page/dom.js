@@ -69,7 +69,10 @@ export function debounce(action, milliseconds) {
   };
 }
 
-/** @param {HTMLSelectElement} select @param {{value: string, text: string}[]} options keeps the selected value if it can */
+/**
+ * Replace the options; the selected value stays selected if there is such an option.
+ * @param {HTMLSelectElement} select @param {{value: string, text: string}[]} options
+ */
 export function fillSelect(select, options) {
   const before = select.value;
   select.replaceChildren(...options.map((option) => html("option", option)));
@@ -77,4 +80,5 @@ export function fillSelect(select, options) {
 }
 
 /** @param {number} count @returns {{value: string, text: string}[]} the options 1 to count */
-export const numbered = (count) => Array.from({ length: count }, (_, index) => ({ value: `${index + 1}`, text: `${index + 1}` }));
+export const numbered = (count) =>
+  Array.from({ length: count }, (_, index) => ({ value: `${index + 1}`, text: `${index + 1}` }));

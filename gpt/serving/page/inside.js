@@ -6,8 +6,9 @@ import { Matrix } from "./matrix.js";
 import { PositionMap } from "./positions.js";
 import { oneAtATime } from "./status.js";
 
-/** @typedef {{tokens: string[], attention: ?Object<string, (?number)[][]>, positions: ?object, ngrams: object[]}} Inspection */
 /** @typedef {"raw" | "masked" | "weights"} Stage */
+/** @typedef {Object<Stage, (?number)[][]>} Attention null in a matrix is minus infinity */
+/** @typedef {{tokens: string[], attention: ?Attention, positions: ?object, ngrams: object[]}} Inspection */
 
 /**
  * @param {() => string} context @param {() => import("./api.js").Model | undefined} model
@@ -26,14 +27,19 @@ export function startInspection(context, model) {
     if (!chosen) return;
     offerLayers(chosen);
     const text = [...context()].slice(-Number(byId("window").value)).join("");
-    found = await inspect({ model: chosen.id, text, layer: Number(byId("layer").value), head: Number(byId("head").value) });
+    found = await inspect({
+      model: chosen.id,
+      text,
+      layer: Number(byId("layer").value),
+      head: Number(byId("head").value),
+    });
     query = found.tokens.length - 1;
     draw();
   });
 
   function draw() {
     if (!found) return;
-    const stage = /** @type {Stage} */ (document.querySelector("[name=stage]:checked").value);
+    const stage = chosenStage();
     byId("attention").hidden = !found.attention;
     byId("no-attention").hidden = Boolean(found.attention);
     byId("stage-help").textContent = HELP[stage];
@@ -66,8 +72,14 @@ const HELP = {
   weights: "Attention weights: softmax of the masked scores. Each row sums to 1.",
 };
 
+/** @returns {Stage} */
+const chosenStage = () => /** @type {any} */ (document.querySelector("[name=stage]:checked")).value;
+
 function offerLayers(model) {
-  for (const [id, count] of [["layer", model.layers], ["head", model.heads]]) {
+  for (const [id, count] of [
+    ["layer", model.layers],
+    ["head", model.heads],
+  ]) {
     fillSelect(byId(id), numbered(Math.max(1, count)));
     byId(id).disabled = count < 2;
   }
@@ -76,13 +88,14 @@ function offerLayers(model) {
 /** Say in words what is selected. */
 function describe(found, row, column) {
   if (!found?.attention) return;
-  const stage = document.querySelector("[name=stage]:checked").value;
+  const stage = chosenStage();
   const values = found.attention[stage][row];
   const name = (index) => `${index + 1} ‘${found.tokens[index]}’`;
   const keys = column === null ? strongest(values) : [column];
   const quantity = stage === "weights" ? "weight" : "score";
   const listed = keys.map((key) => `key ${name(key)} ${score(values[key])}`).join(", ");
-  byId("attention-value").textContent = `Query ${name(row)}: ${column === null ? `largest ${quantity}s: ` : `${quantity} of `}${listed}`;
+  byId("attention-value").textContent =
+    `Query ${name(row)}: ${column === null ? `largest ${quantity}s: ` : `${quantity} of `}${listed}`;
 }
 
 function strongest(values) {
@@ -94,16 +107,25 @@ function listNgrams(found, row, model) {
   const own = found.ngrams.filter((each) => each.position === row + 1);
   byId("ngram-help").textContent = ngramHelp(found, row, model, own);
   byId("ngrams").parentElement.hidden = own.length === 0;
-  byId("ngrams").replaceChildren(...own.map(({ n, text, row: place, rows, shared }) => html(
-    "tr", {}, html("th", { scope: "row", textContent: n }), html("td", { className: "ngram", textContent: visible(text) }),
-    html("td", { textContent: `${place.toLocaleString("en")} of ${rows.toLocaleString("en")}` }),
-    html("td", { textContent: shared ? "possibly" : "no" }),
-  )));
+  byId("ngrams").replaceChildren(
+    ...own.map(({ n, text, row: place, rows, shared }) =>
+      html(
+        "tr",
+        {},
+        html("th", { scope: "row", textContent: n }),
+        html("td", { className: "ngram", textContent: visible(text) }),
+        html("td", { textContent: `${place.toLocaleString("en")} of ${rows.toLocaleString("en")}` }),
+        html("td", { textContent: shared ? "possibly" : "no" }),
+      ),
+    ),
+  );
 }
 
 function ngramHelp(found, row, model, own) {
   if (model?.ngram === undefined || model.ngram < 2) return "This model looks up single tokens only.";
   if (!own.length) return "No n-gram ends at this position.";
-  const hashed = own.some(({ shared }) => shared) ? " Where there are more n-grams than rows, rows are hashed and shared." : "";
+  const hashed = own.some(({ shared }) => shared)
+    ? " Where there are more n-grams than rows, rows are hashed and shared."
+    : "";
   return `Looked up at query ${row + 1} ‘${found.tokens[row]}’: the n-grams that end there.${hashed}`;
 }

@@ -51,25 +51,53 @@ export class Matrix {
 
   #cells(values, stage) {
     const strength = scale(values, stage);
-    return values.flatMap((row, y) => row.map((value, x) => {
-      if (value === null || (stage === "weights" && x > y)) return svg("rect", this.#box(x, y, "hidden-key"));
-      const { amount, sign } = strength(value);
-      const cell = svg("rect", this.#box(x, y, sign));
-      /** @type {any} */ (cell).style.setProperty("--amount", amount.toFixed(3));
-      return cell;
-    }));
+    return values.flatMap((row, y) =>
+      row.map((value, x) => {
+        if (value === null || (stage === "weights" && x > y)) return svg("rect", this.#box(x, y, "hidden-key"));
+        const { amount, sign } = strength(value);
+        const cell = svg("rect", this.#box(x, y, sign));
+        /** @type {any} */ (cell).style.setProperty("--amount", amount.toFixed(3));
+        return cell;
+      }),
+    );
   }
 
   #box(x, y, name) {
-    return { x: this.#at(x), y: this.#at(y), width: this.cell, height: this.cell, class: name, "data-row": y, "data-column": x };
+    return {
+      x: this.#at(x),
+      y: this.#at(y),
+      width: this.cell,
+      height: this.cell,
+      class: name,
+      "data-row": y,
+      "data-column": x,
+    };
   }
 
   #labels(labels) {
     return labels.flatMap((label, index) => {
       const middle = this.#at(index) + this.cell / 2;
       const shared = { "font-size": this.font, "data-index": index };
-      const row = svg("text", { ...shared, "data-axis": "row", x: this.margin - 5, y: middle, "text-anchor": "end", "dominant-baseline": "central" }, label);
-      const turned = label.length > 1 ? { transform: `rotate(-90 ${middle} ${this.margin - 5})`, "text-anchor": "start", "dominant-baseline": "central" } : { "text-anchor": "middle" };
+      const row = svg(
+        "text",
+        {
+          ...shared,
+          "data-axis": "row",
+          x: this.margin - 5,
+          y: middle,
+          "text-anchor": "end",
+          "dominant-baseline": "central",
+        },
+        label,
+      );
+      const turned =
+        label.length > 1
+          ? {
+              transform: `rotate(-90 ${middle} ${this.margin - 5})`,
+              "text-anchor": "start",
+              "dominant-baseline": "central",
+            }
+          : { "text-anchor": "middle" };
       return [row, svg("text", { ...shared, "data-axis": "column", x: middle, y: this.margin - 5, ...turned }, label)];
     });
   }
@@ -102,7 +130,14 @@ export function scale(values, stage) {
 
 /** @param {(?number)[][]} values @returns {number} the largest absolute value */
 export function largestSize(values) {
-  return Math.max(...values.flat().filter((value) => value !== null).map(Math.abs)) || 1;
+  return (
+    Math.max(
+      ...values
+        .flat()
+        .filter((value) => value !== null)
+        .map(Math.abs),
+    ) || 1
+  );
 }
 
 /** Label a colour scale. @param {HTMLElement} element @param {number} largest @param {boolean} signed */

@@ -45,7 +45,12 @@ function rest(others, rows) {
 
 /** Rows are reused, so that bars move instead of being replaced. */
 function emptyRow() {
-  const bars = html("td", { className: "bars" }, html("span", { className: "before" }), html("span", { className: "after" }));
+  const bars = html(
+    "td",
+    { className: "bars" },
+    html("span", { className: "before" }),
+    html("span", { className: "after" }),
+  );
   return html("tr", {}, html("th", { scope: "row" }), bars, html("td"), html("td"));
 }
 

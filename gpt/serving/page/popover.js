@@ -10,7 +10,13 @@ export class Popover {
     this.head = html("p", { "aria-live": "polite" });
     this.list = html("ol");
     const hint = html("p", { className: "hint", textContent: "Choose one to go on from there." });
-    this.element = html("div", { className: "popover", hidden: true, role: "group", "aria-label": "Alternatives" }, this.head, this.list, hint);
+    this.element = html(
+      "div",
+      { className: "popover", hidden: true, role: "group", "aria-label": "Alternatives" },
+      this.head,
+      this.list,
+      hint,
+    );
     this.element.addEventListener("keydown", (event) => this.#key(event));
   }
 
@@ -66,4 +72,7 @@ export class Popover {
   }
 }
 
-const describe = ({ probability }) => (probability === null ? "has no probability: it is the first token of the context." : `${percent(probability)} probable`);
+const describe = ({ probability }) =>
+  probability === null
+    ? "has no probability: it is the first token of the context."
+    : `${percent(probability)} probable`;

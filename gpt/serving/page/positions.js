@@ -27,7 +27,9 @@ export class PositionMap {
   draw(positions) {
     this.positions = positions;
     byId("position-figure").hidden = byId("position-scale").hidden = !positions;
-    byId("position-help").textContent = positions ? `Scheme ${positions.scheme}: ${MEANINGS[positions.scheme] ?? ""}` : "This model has no position encodings.";
+    byId("position-help").textContent = positions
+      ? `Scheme ${positions.scheme}: ${MEANINGS[positions.scheme] ?? ""}`
+      : "This model has no position encodings.";
     if (!positions) return;
     const { values } = positions;
     const [height, width] = [values.length, values[0].length];
@@ -47,7 +49,11 @@ export class PositionMap {
   /** The colours of the theme as bytes: a canvas cannot use CSS variables. */
   #colours() {
     const style = getComputedStyle(this.canvas);
-    const bytes = (name) => style.getPropertyValue(name).match(/[0-9a-f]{2}/gi).map((byte) => parseInt(byte, 16));
+    const bytes = (name) =>
+      style
+        .getPropertyValue(name)
+        .match(/[0-9a-f]{2}/gi)
+        .map((byte) => parseInt(byte, 16));
     return { zero: bytes("--zero"), positive: bytes("--positive"), negative: bytes("--negative") };
   }
 

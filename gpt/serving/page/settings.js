@@ -8,9 +8,11 @@ const save = debounce(write, 200);
 /** @param {string} name @returns {any} the field of this name */
 export const field = (name) => form().elements.namedItem(name);
 
-/** @returns {{model: string, temperature: number, top_k: ?number, top_p: ?number, min_p: ?number, repetition_penalty: number}} */
+/** @returns {Object<string, any>} the model and the sampling settings; null is off */
 export function sampling() {
-  const values = Object.fromEntries(SLIDERS.map((name) => [name, isOff(field(name)) ? null : Number(field(name).value)]));
+  const values = Object.fromEntries(
+    SLIDERS.map((name) => [name, isOff(field(name)) ? null : Number(field(name).value)]),
+  );
   return { model: field("model").value, ...values, repetition_penalty: values.repetition_penalty ?? 1 };
 }
 

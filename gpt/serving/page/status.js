@@ -4,7 +4,11 @@ import { byId } from "./dom.js";
 
 let shownBy = "";
 
-/** @param {string} source who reports: only the same source clears it @param {string} message @param {"info" | "error" | "busy"} [level] */
+/**
+ * @param {string} source only the same source clears the message
+ * @param {string} message
+ * @param {"" | "info" | "error" | "busy"} [level]
+ */
 export function report(source, message, level = "info") {
   const line = byId("status");
   shownBy = source;

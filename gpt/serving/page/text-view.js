@@ -11,8 +11,8 @@ export class TextView {
   /**
    * @param {HTMLElement} frame contains the text and the popover
    * @param {string} label read by screen readers
-   * @param {(prefix: string, known: Token[]) => void} goOn called with the text that ends in the alternative chosen by the user,
-   * and the tokens before it
+   * @param {(prefix: string, known: Token[]) => void} goOn called when the user chooses an alternative, with
+   * the text that ends in it, and the tokens before it
    * @param {(index: number | null) => void} [selected] called when another token is selected
    */
   constructor(frame, label, goOn, selected = () => {}) {
@@ -24,7 +24,13 @@ export class TextView {
     this.signal = null;
     this.selected = selected;
     this.name = `text-${(views += 1)}`;
-    this.element = html("div", { className: "text", tabIndex: 0, role: "listbox", "aria-label": label, "aria-orientation": "horizontal" });
+    this.element = html("div", {
+      className: "text",
+      tabIndex: 0,
+      role: "listbox",
+      "aria-label": label,
+      "aria-orientation": "horizontal",
+    });
     this.popover = new Popover(
       (alternative) => goOn(this.text(this.popover.index) + alternative, this.tokens.slice(0, this.popover.index)),
       () => this.element.focus(),
@@ -55,7 +61,9 @@ export class TextView {
   /** @param {Token[]} tokens */
   append(tokens) {
     const first = this.tokens.length;
-    const better = tokens.map((token, offset) => (this.known[first + offset]?.text === token.text ? this.known[first + offset] : token));
+    const better = tokens.map((token, offset) =>
+      this.known[first + offset]?.text === token.text ? this.known[first + offset] : token,
+    );
     const spans = better.map((token, offset) => this.#span(token, first + offset));
     this.tokens.push(...better);
     this.element.append(...spans);
@@ -63,7 +71,10 @@ export class TextView {
 
   /** @param {number | null} [end] a number of tokens; null: all @returns {string} */
   text(end = null) {
-    return this.tokens.slice(0, end ?? this.tokens.length).map((token) => token.text).join("");
+    return this.tokens
+      .slice(0, end ?? this.tokens.length)
+      .map((token) => token.text)
+      .join("");
   }
 
   /** @param {number | null} index select a token and show its alternatives; null: none */
@@ -104,7 +115,8 @@ export class TextView {
     element.addEventListener("click", (event) => this.#click(event));
     element.addEventListener("keydown", (event) => this.#key(event));
     document.addEventListener("pointerdown", (event) => {
-      if (this.index !== null && !event.target.closest(".frame, .keeps-selection")) this.select(null);
+      if (this.index !== null && !(/** @type {Element} */ (event.target).closest(".frame, .keeps-selection")))
+        this.select(null);
     });
   }
 

@@ -11,8 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,7 +20,6 @@ import psutil
 import typer
 
 CLIENTS, ROUNDS, TOKENS, TEXTS = 32, 5, 200, 2
-WARM_UP = 1000  # requests, after which the memory has to stay constant
 
 
 def main(checkpoint: Path = Path("chargpt_nano.pt"), requests: int = 10_000) -> None:
@@ -54,67 +53,72 @@ async def measure(address: str, process: psutil.Process, requests: int) -> None:
     print(f"1 client: {statistics.median(single):,.0f} tokens/s ({min(single):,.0f} to {max(single):,.0f})")
     print(f"{CLIENTS} clients: {statistics.median(many):,.0f} tokens/s ({min(many):,.0f} to {max(many):,.0f})")
     print(f"ratio {ratio:.2f}; time to first token: 95th percentile {statistics.quantiles(first, n=20)[-1]:.3f} s")
-    await follow_memory(address, process, requests)
+    began = time.perf_counter()
+    sizes = await follow_memory(address, process, requests)
+    print(f"{requests:,} requests in {time.perf_counter() - began:.0f} s without an error; resident memory:")
+    print(", ".join(f"{size:.0f} MB after {number:,}" for number, size in sizes.items()))
 
 
 async def load(address: str, clients: int, seed: int) -> tuple[float, list[float]]:
     """Tokens per second of all clients together, and their times to the first token."""
 
     async def client(number: int) -> list[float]:
-        return [await stream(address, "ROMEO:", TOKENS, seed + TEXTS * number + text) for text in range(TEXTS)]
+        return [await stream(address, TOKENS, seed + TEXTS * number + text) for text in range(TEXTS)]
 
     began = time.perf_counter()
     first = await asyncio.gather(*map(client, range(clients)))
     return clients * TEXTS * TOKENS / (time.perf_counter() - began), [each for some in first for each in some]
 
 
-async def stream(address: str, prompt: str, max_tokens: int, seed: int) -> float:
+async def stream(address: str, max_tokens: int, seed: int) -> float:
     """Stream one text; returns the time to its first token."""
     began, first, count = time.perf_counter(), 0.0, 0
-    body = {"prompt": prompt, "max_tokens": max_tokens, "seed": seed, "stream": True}
-    async for data in post(address, body):
-        if not count:
-            first = time.perf_counter() - began
-        count += data.count(b'"text"')
+    body = {"prompt": "", "max_tokens": max_tokens, "seed": seed, "stream": True}
+    async with aclosing(post(address, body)) as lines:
+        async for line in lines:
+            first = first or time.perf_counter() - began
+            count += line.startswith(b'data: {"id"')
     if count != max_tokens:
         raise RuntimeError(f"expected {max_tokens} tokens, found {count}")
     return first
 
 
-async def post(address: str, body: dict[str, object]) -> AsyncIterator[bytes]:
-    """Send a request on its own connection; yields what arrives of the answer."""
+async def post(address: str, body: dict[str, object]) -> AsyncGenerator[bytes, None]:
+    """Send a request on its own connection; yields the lines of the answer."""
     content, parts = json.dumps(body).encode(), urlsplit(address)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
-    status = await reader.readline()
-    if b" 200 " not in status:
-        raise RuntimeError(f"expected status 200, found {status!r}")
-    await reader.readuntil(b"\r\n\r\n")
-    while data := await reader.read(65536):
-        yield data
-    writer.close()
+    try:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise RuntimeError(f"expected status 200, found {status!r}")
+        await reader.readuntil(b"\r\n\r\n")
+        while line := await reader.readline():
+            yield line
+    finally:
+        writer.close()
 
 
-async def follow_memory(address: str, process: psutil.Process, requests: int) -> None:
-    """Send short requests from all clients, a tenth of which disconnect early; print the memory on the way."""
-    sizes, done = list[tuple[int, float]](), 0
+async def follow_memory(address: str, process: psutil.Process, requests: int) -> dict[int, float]:
+    """Send short requests from all clients, of which every tenth disconnects after the first line of the answer.
+
+    Returns the resident memory of the server in MB, by the number of requests.
+    """
+    sizes, numbers = dict[int, float](), iter(range(1, requests + 1))
 
     async def client() -> None:
-        nonlocal done
-        while done < requests:
-            done += 1
-            if done % (requests // 10) == 0 or done == WARM_UP:
-                sizes.append((done, process.memory_info().rss / 1e6))
-            body = {"prompt": "ROMEO:", "max_tokens": 8, "seed": done, "stream": done % 2 == 0}
-            async for _ in post(address, body):
-                if done % 10 == 0:
-                    break
+        for number in numbers:
+            body = {"prompt": "", "max_tokens": 8, "seed": number, "stream": number % 2 == 0}
+            async with aclosing(post(address, body)) as lines:
+                async for _ in lines:
+                    if number % 10 == 0:
+                        break
+            if number % (requests // 10) == 0:
+                sizes[number] = process.memory_info().rss / 1e6
 
-    began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
-    print(f"{requests:,} requests in {time.perf_counter() - began:.0f} s without an error; resident memory:")
-    print(", ".join(f"{size:.0f} MB after {number:,}" for number, size in sizes))
+    return sizes
 
 
 if __name__ == "__main__":

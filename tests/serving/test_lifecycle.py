@@ -50,7 +50,7 @@ def test_requests_that_outlast_the_grace_period_are_ended(trained: Path, tmp_pat
         process.signal(signal.SIGTERM)
         code, _ = process.wait()
     assert code == 0
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("case", ["missing", "damaged", "same names", "port", "host"])

@@ -125,7 +125,7 @@ def test_a_full_queue_answers_429_and_when_to_try_again(server: Client) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_place_of_a_client_that_disconnects_is_free_at_once(server: Client, stream: bool) -> None:
-    """The whole text would take seconds."""
+    """The whole text would take minutes."""
     content = json.dumps({**LONG, "stream": stream}).encode()
     host, port = server.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
@@ -134,7 +134,7 @@ def test_the_place_of_a_client_that_disconnects_is_free_at_once(server: Client, 
         wait_for(lambda: server.metric("running_sequences") == 1)
     began = time.monotonic()
     wait_for(lambda: is_idle(server))
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -147,7 +147,7 @@ def test_requests_whose_clients_are_gone_at_once_are_not_computed(trained: Path,
                 connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         began = time.monotonic()
         wait_for(lambda: is_idle(server))
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("stream", [True, False])

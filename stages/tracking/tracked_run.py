@@ -72,9 +72,16 @@ class TrackedRun:
             metrics=[Metric(k, v, time, 0) for k, v in record.metrics.items() if run.data.metrics.get(k) != v],
         )
         if record.dataset and not (run.inputs and run.inputs.dataset_inputs):
-            with self._store.lock():  # MLflow fails if two runs log the same dataset at once
-                self._client.log_inputs(self.id, [_dataset(record.dataset)])
+            self._log_dataset(_dataset(record.dataset))
             self._written()
+
+    def _log_dataset(self, dataset: DatasetInput) -> None:
+        """Log the dataset; MLflow fails if two runs do that for a new dataset at once, also of other workspaces."""
+        with self._store.lock():
+            try:
+                self._client.log_inputs(self.id, [dataset])
+            except MlflowException:  # the other one has created it now, unless the store failed
+                self._client.log_inputs(self.id, [dataset])
 
     def upload(self, folder: Path, records: Sequence[Record]) -> None:
         """Upload the artifacts of stages, the checkpoint and the LoggedModel, as far as the run lacks them.

@@ -1,8 +1,9 @@
 """Fixtures of all tests: a synthetic text, its tokens, and the command line as a user runs it."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
 
@@ -17,6 +18,16 @@ from tests.support.common import FAST, made_up_text, only_line, run, tokenize_pa
 from tests.support.workspace import done, empty_store, place, server  # noqa: F401 (pytest finds fixtures here)
 
 torch.set_num_threads(CPU_THREADS)  # as every command does
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment() -> Iterator[None]:
+    """Restore the environment after each module: the registry, for example, sets the tracking address for MLflow."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
 
 RunGpt = Callable[..., "subprocess.CompletedProcess[str]"]
 RunMain = Callable[..., str]

@@ -50,7 +50,8 @@ def connect(root: Path, experiment: str) -> "Store":
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
     for name in ("no_proxy", "NO_PROXY"):  # a proxy cannot reach a server on this machine's loopback interface
-        os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), "localhost", "127.0.0.1", "::1"])
+        given = filter(None, os.environ.get(name, "").split(","))
+        os.environ[name] = ",".join(dict.fromkeys([*given, "localhost", "127.0.0.1", "::1"]))
     store: Store = fast_import("stages.tracking.store").Store(tracking_uri(root), root, experiment)
     return store
 

@@ -110,7 +110,7 @@ class Engine:
         """Queue sequences.
 
         Raises:
-            BusyError: there is no room for all of them.
+            BusyError: they would exceed the size of the queue.
         """
         present = len(self.running) + len(self.waiting)
         if present + len(generations) > self._max_batch_size + self._max_queue_size:

@@ -54,8 +54,8 @@ export class Popover {
   /** Below the token, within the width of the frame. */
   #place(anchor) {
     const { element } = this;
-    const room = element.offsetParent.clientWidth - element.offsetWidth;
-    element.style.left = `${Math.max(0, Math.min(room, anchor.offsetLeft - 12))}px`;
+    const largest = element.offsetParent.clientWidth - element.offsetWidth;
+    element.style.left = `${Math.max(0, Math.min(largest, anchor.offsetLeft - 12))}px`;
     element.style.top = `${anchor.offsetTop + anchor.offsetHeight}px`;
   }
 

@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"gpt: {error} for {sys.executable}; activate the environment: . .venv/bin/activate")
 
 from gpt.core.errors import OneLineError, printable
-from gpt.fast_import import fast_import
+from gpt.fast_import import fast_import, skip_final_collection
 
 VERBS = {
     "download": "Download the corpus and verify it by its SHA-256.",
@@ -48,6 +48,7 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit succeeds
         code = 1
+    skip_final_collection()
     sys.exit(code)
 
 

@@ -26,6 +26,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.core.errors import OneLineError, UserError
+from gpt.fast_import import no_collections
 from gpt.training.all_reduce import Peer, connect_peer
 from gpt.training.parent import end_with_parent
 
@@ -222,7 +223,8 @@ class ShardedModel:
         self._group = group
         self._pending: list[tuple[int, dict[Tensor, Tensor]]] = []  # (level, gradients): subtrees without a right half
         ids = [group.device.index] if group.device.type == "cuda" else None
-        with group.collective():  # DDP compares the shapes and broadcasts rank 0's weights
+        # DDP compares the shapes and broadcasts rank 0's weights; it imports torch's compiler, used or not.
+        with group.collective(), no_collections():
             self._ddp = DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=bucket_mb)
         # Buffers are constants. Torch 2.13 deprecates the constructor's argument.
         self._ddp.broadcast_buffers = False

@@ -1,14 +1,15 @@
 """The history of a training run: appended live as JSON lines, written at the end as CSV without timings."""
 
+import csv
+import io
 import json
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from gpt.core.files import atomic_write, explain_os_errors, write_csv
+from gpt.core.files import atomic_write, explain_os_errors
 
 # Fields of a Record by the names of their metrics in all files, in DVC and in MLflow.
 METRICS = {
@@ -68,15 +69,25 @@ class History:
 
         Two, since evaluations are rarer than records, and DVC plots an empty cell as zero.
         """
-        table = pd.DataFrame(map(_by_metric, self.records), columns=["step", "time", *METRICS])
-        write_csv(training, table[TRAINING])
-        write_csv(validation, table[VALIDATION].dropna())
+        rows = [_by_metric(record) for record in self.records]
+        _write_csv(training, TRAINING, rows)
+        _write_csv(validation, VALIDATION, [row for row in rows if row["val/loss"] is not None])
 
 
 def read_records(path: Path) -> list[Record]:
     """Read a history file; an incomplete last line, left by a killed process, is ignored."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [_from_metrics(json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def _write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, float | None]]) -> None:
+    """Write some columns as a table. Without pandas, whose import would delay every rank of a training."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def _line(record: Record) -> str:

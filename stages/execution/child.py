@@ -92,9 +92,9 @@ def run(
 def _wait(child: subprocess.Popen[bytes], on_poll: Callable[[], None]) -> int:
     """Wait for the child's end, polling; returns its exit code."""
     while True:
+        on_poll()  # first at once: the connection to the store takes less time while the child imports its libraries
         with suppress(subprocess.TimeoutExpired):
-            return child.wait(POLL_S)  # before the first poll: a command that fails at once need not wait
-        on_poll()
+            return child.wait(POLL_S)
 
 
 def _exit_code(code: int, worker: torchrun.Worker | None, received: Sequence[int], *, saved: bool) -> int:

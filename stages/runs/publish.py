@@ -12,7 +12,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from gpt.core.errors import UserError, printable
-from gpt.fast_import import fast_import
+from gpt.fast_import import no_collections
 from stages.runs import run_record
 from stages.runs.run_record import HistoryReader
 
@@ -52,8 +52,10 @@ def connect(root: Path, experiment: str) -> "Store":
     for name in ("no_proxy", "NO_PROXY"):  # a proxy cannot reach a server on this machine's loopback interface
         given = filter(None, os.environ.get(name, "").split(","))
         os.environ[name] = ",".join(dict.fromkeys([*given, "localhost", "127.0.0.1", "::1"]))
-    store: Store = fast_import("stages.tracking.store").Store(tracking_uri(root), root, experiment)
-    return store
+    with no_collections():  # the import, and what MLflow imports to open a store
+        from stages.tracking.store import Store  # noqa: PLC0415
+
+        return Store(tracking_uri(root), root, experiment)
 
 
 class DeletedRunError(UserError):

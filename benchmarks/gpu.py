@@ -1,0 +1,62 @@
+"""Everything about one GPU, within a deadline and without a network: correctness, speed, trainings, decoding, memory.
+
+    python3 -m benchmarks.gpu --tokens data/tokens --out gpu.json
+
+Not run on a GPU yet. It needs torch, numpy, pandas, pydantic, typer, ruamel.yaml, tqdm and filelock. The JSON is written
+after each part, so that a run that is cut off leaves its results; a part for which no time is left is "not run".
+`--device cpu --tiny` runs all of it on a CPU in less than a minute.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.cuda_checks import BABY, checks, resuming
+from benchmarks.cuda_decoding import decodings
+from benchmarks.cuda_training import BEST, compiled_speeds, speeds, trainings
+from benchmarks.parts import FAILED, Part, Results, Setup, run_parts
+from benchmarks.races import ROOT
+from gpt.core.files import write_json
+
+PRELOAD = ("benchmarks.cuda_decoding", "torch._dynamo")  # the first optimizer imports the latter
+LEAST_S = 15  # for a process to start and use the GPU
+PARTS = (  # the most valuable first; the weights are seconds of a deadline of 480
+    ("checks", 45, checks),
+    ("resume", 45, resuming),
+    ("speed", 40, speeds),
+    ("compile", 90, compiled_speeds),
+    ("baby", 130, partial(trainings, BABY)),
+    ("best-gpu", 90, partial(trainings, BEST)),
+    ("decoding", 40, decodings),
+)
+
+
+def main(
+    tokens: Annotated[Path, typer.Option(help="Folder written by the command tokenize.")] = ROOT / "data" / "tokens",
+    out: Annotated[Path, typer.Option(help="File for the results.")] = Path("gpu.json"),
+    device: Annotated[str, typer.Option(help="cuda, or cpu to test this script.")] = "cuda",
+    tiny: Annotated[bool, typer.Option(help="Tiny models and few steps, to test this script.")] = False,
+    deadline: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Time for all parts.")] = 480,
+) -> None:
+    """Run all parts; print and write one JSON. The exit code is 1 if a part failed."""
+    began = time.monotonic()
+    found: Results = {"device": device, "tiny": tiny, "deadline_s": deadline, "parts": {}}
+    parts = [Part(name, weight, 0.5 if tiny else LEAST_S, tasks) for name, weight, tasks in PARTS]
+    with tempfile.TemporaryDirectory(prefix="chargpt-gpu-") as folder:
+        for name, report in run_parts(parts, Setup(tokens, device, tiny), deadline, Path(folder), PRELOAD):
+            found["parts"][name] = report
+            found["seconds"] = round(time.monotonic() - began, 1)
+            write_json(out, found)
+            print(f"{name}: {report['status']}, {report['seconds']} s", file=sys.stderr, flush=True)
+    print(json.dumps(found, indent=2, ensure_ascii=False))
+    raise typer.Exit(any(report["status"] == FAILED for report in found["parts"].values()))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -37,7 +37,7 @@ VOCABULARY = 65
 FLOAT32 = 1e-4  # largest difference between two devices, relative to the largest logit; measured on a CPU: 1e-6
 MIN_DECREASE = 0.3  # of the loss, in nats
 RESUMED = 0.05  # largest difference in loss to an uninterrupted training on a GPU, whose sums have no fixed order
-STEPS, SAVE_INTERVAL, POLL_S, PATIENCE_S = 120, 10, 0.002, 120
+STEPS, SAVE_INTERVAL, POLL_S, PATIENCE_S = 60, 5, 0.002, 120
 
 
 class CheckFailedError(Exception):
@@ -56,7 +56,6 @@ def checks(setup: Setup) -> Mapping[str, Task]:
         **{f"logits: {name}": partial(compare_logits, model, setup.device) for name, model in models.items()},
         **{f"training: {name}": partial(train_briefly, *recipe, setup) for name, recipe in recipes.items()},
     }
-
 
 
 def describe(device: str) -> Results:

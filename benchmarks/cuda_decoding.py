@@ -58,7 +58,7 @@ class GraphDecoder:
         self._graph = self._record() if model.device.type == "cuda" else None
 
     def _record(self) -> "torch.cuda.CUDAGraph":
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate their memory in the first calls
             for _ in range(WARM_UP):

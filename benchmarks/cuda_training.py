@@ -28,9 +28,18 @@ BEST = "presets/best-gpu.yaml"
 TARGETS = {BABY: 1.4655, BEST: 1.45}  # validation loss
 # As nanoGPT trains on a GPU: in bfloat16, the whole batch at once. Shards are for several processes.
 ON_GPU = ("train.precision=bfloat16", "train.shards=1", "train.save_interval=100000")
-TINY = tuple(
-    "model.n_layer=2 model.n_head=2 model.n_embd=32 model.block_size=32 model.ngram_rows=64 model.ngram_width=8 "
-    "train.batch_size=8 train.max_steps=30 train.warmup_steps=5 train.log_interval=5 train.eval_interval=15".split()
+TINY = (
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.block_size=32",
+    "model.ngram_rows=64",
+    "model.ngram_width=8",
+    "train.batch_size=8",
+    "train.max_steps=30",
+    "train.warmup_steps=5",
+    "train.log_interval=5",
+    "train.eval_interval=15",
 )
 WARM_UP, BLOCKS = 5, 5  # steps that are not measured, blocks of steps that are
 STOP_S = 10  # for the end of a training after SIGTERM, at most a fifth of the limit

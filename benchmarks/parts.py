@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,12 @@ class Part:
     tasks: Callable[[Setup], Mapping[str, Task]]
 
 
-def run_parts(
-    parts: Sequence[Part], setup: Setup, deadline_s: float, folder: Path, preload: Sequence[str]
-) -> Iterator[tuple[str, Results]]:
+def run_parts(parts: Sequence[Part], setup: Setup, deadline_s: float, folder: Path) -> Iterator[tuple[str, Results]]:
     """Run the parts in order; yields the report of each. Time that a part does not need goes to the later ones.
 
     Args:
         folder: for the results of the running part.
-        preload: modules that the processes of the parts need.
     """
-    set_forkserver_preload([*preload])
     earlier: dict[str, Mapping[str, Results]] = {}
     until = time.monotonic() + deadline_s
     for index, part in enumerate(parts):

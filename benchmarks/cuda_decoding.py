@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda_checks import BABY, FLOAT32, VOCABULARY, CheckFailedError, random_model
-from benchmarks.cuda_training import TINY, peak_memory, synchronize
+from benchmarks.cuda_training import TINY, peak_memory, reset_peak_memory, synchronize
 from benchmarks.parts import Results, Setup, Task
 from benchmarks.races import ROOT
 from benchmarks.steps import seconds
@@ -24,7 +24,7 @@ from gpt.model.gpt import LanguageModel
 from gpt.model.kv_cache import KVCache, NextTokens
 
 BATCH_SIZES = (1, 64)
-PROMPT, TEMPERATURE, WARM_UP, ROUNDS = 8, 0.8, 3, 5
+PROMPT, TEMPERATURE, WARM_UP, ROUNDS = 8, 0.8, 3, 3
 
 
 class FixedCache(KVCache):
@@ -114,8 +114,7 @@ def decode(config: ModelConfig, batch_size: int, setup: Setup) -> Results:
         CheckFailedError: the logits of the two differ.
     """
     device = choose_device(setup.device, "--device")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory(device)
     model = random_model(config).to(device)
     decoder = GraphDecoder(model, batch_size)
     difference = compare(decoder, model, batch_size)

@@ -1,5 +1,6 @@
 """Training on one device: the speed of a step with and without compilation, and complete trainings of presets."""
 
+import gc
 import math
 import resource
 import statistics
@@ -72,22 +73,22 @@ def changes(setup: Setup) -> list[str]:
 def speed(recipe: str, changed: Sequence[str], setup: Setup) -> Results:
     """Time of a training step: median, least and greatest mean of a few blocks of steps; also the peak memory."""
     device = choose_device(setup.device, "--device")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory(device)
     with process_group(device, timeout_s=60) as group:
         each = trainer(recipe, load_tokens(setup.tokens), group, *changed)
         first_step_s = seconds(each.train_step, 1)
         for _ in range(WARM_UP):
             each.train_step()
 
+        steps = 2 if setup.tiny else 20
+
         def block() -> None:
-            for _ in range(2 if setup.tiny else 20):
+            for _ in range(steps):
                 each.train_step()
             synchronize(device)
 
-        steps = 2 if setup.tiny else 20
         times = [seconds(block, 1) / steps for _ in range(BLOCKS)]
+        evaluation_s = seconds(each.evaluate, 1)
         flops = None if each.params.compile else operations(each)  # cannot be counted in compiled code
         tokens = each.params.batch_size * each.model.config.block_size
     middle = statistics.median(times)
@@ -95,7 +96,8 @@ def speed(recipe: str, changed: Sequence[str], setup: Setup) -> Results:
         "ms_per_step": {"median": 1e3 * middle, "least": 1e3 * min(times), "greatest": 1e3 * max(times)},
         "tokens_per_second": tokens / middle,
         "tflops_per_second": flops and flops / middle / 1e12,
-        "first_step_s": first_step_s,
+        "first_step_s": first_step_s,  # with train.compile, these two contain the compilation
+        "first_evaluation_s": evaluation_s,
         "peak_memory_gb": peak_memory(device) / 1e9,
     }
 
@@ -104,6 +106,14 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has computed everything."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Free what earlier tasks left on a GPU, and measure its peak memory anew."""
+    if device.type == "cuda":
+        gc.collect()  # models in reference cycles
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -147,8 +157,8 @@ def compilation_pays(recipe: str, tokens: int, setup: Setup) -> bool:
     eager, compiled = (setup.earlier.get(part, {}).get(recipe) for part in ("speed", "compile"))
     if not (isinstance(eager, dict) and isinstance(compiled, dict)) or "error" in eager or "error" in compiled:
         return False
-    with_compilation = compiled["first_step_s"] + tokens / compiled["tokens_per_second"]
-    return bool(with_compilation < tokens / eager["tokens_per_second"])
+    compilation = compiled["first_step_s"] + compiled["first_evaluation_s"]
+    return bool(compilation + tokens / compiled["tokens_per_second"] < tokens / eager["tokens_per_second"])
 
 
 def ends_in_time(process: "subprocess.Popen[str]", limit_s: float) -> bool:

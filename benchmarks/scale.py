@@ -2,30 +2,29 @@
 
     python -m benchmarks.scale
 
-Text is tokenized by the command. Training steps are measured in processes of their own, one thread each, so that each
-has its own peak memory. The exponent in a line of the table is that of the growth from the size before: 0 is constant,
-1 linear, 2 quadratic. Processes divide the work, so -1 would be ideal for them.
+Text is tokenized by the command. Each training has processes of its own, with one thread each, so that each has its own
+peak memory. The trainings of a series alternate, step by step, so that other load slows all of them. The exponent in a
+line of the table is that of the growth from the size before: 0 is constant, 1 linear, 2 quadratic. Processes divide the
+work, so -1 would be ideal for them.
 """
 
-import itertools
 import json
 import math
 import multiprocessing
 import os
 import resource
-import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.forkserver import set_forkserver_preload
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
@@ -42,23 +41,13 @@ RECIPE = "presets/nanogpt-cpu.yaml"
 SETTINGS = ("train.windows=shuffled", "train.shards=4", "train.batch_size=16", "train.device=cpu")
 MODELS = ((4, 128), (4, 256), (6, 384))  # (layers, width): 0.8, 3 and 10.65 million parameters
 CONTEXTS, PROCESSES = (64, 128, 256, 512), (1, 2, 4)
-WARM_UP, MIN_STEPS = 3, 5
-TIMEOUT_S = 300
+WARM_UP, TIMEOUT_S = 2, 300
 PROCESSES_SERIES = "training: processes"
-
-
-class Steps(NamedTuple):
-    """What a process measured: seconds of each step, peak memory in bytes; parameters, and tokens of a step."""
-
-    seconds: list[float]
-    memory: int
-    parameters: int
-    tokens: int
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: `seconds` with quartiles, of one step or of the whole text; peak memory of a process."""
+    """One measurement: `seconds` of one step, with quartiles, or of the whole text; peak memory of a process."""
 
     series: str
     size: float
@@ -73,53 +62,39 @@ def main(
     corpus: Annotated[Path, typer.Option(help="The text that is repeated.")] = ROOT / "data" / "shakespeare.txt",
     tokens: Annotated[Path, typer.Option(help="Folder written by the command tokenize.")] = ROOT / "data" / "tokens",
     megabytes: Annotated[list[int] | None, typer.Option(help="Sizes of the text; repeatable.")] = None,
-    budget: Annotated[float, typer.Option(metavar="SECONDS", help="Time for the steps of a measurement.")] = 4,
+    turns: Annotated[int, typer.Option(min=2, help="Measured steps of each training.")] = 10,
     out: Annotated[Path, typer.Option(help="File for the results.")] = ROOT / "benchmarks" / "scale.json",
 ) -> None:
     """Measure, print a table and write the results."""
     set_forkserver_preload([__name__, "torch._dynamo"])  # the first optimizer imports the latter
-    points: list[Point] = []
-    for point in itertools.chain(
-        by_text(corpus, megabytes or [1, 10, 100, 1000], budget), by_model(tokens, budget), by_processes(tokens, budget)
-    ):
-        points.append(point)
-        print(f"{point.series}: {point.size:g} done", file=sys.stderr, flush=True)
+    points = list(by_text(corpus, megabytes or [1, 10, 100, 1000], turns))
+    by_size = [Training(tokens, f"model.n_layer={layers}", f"model.n_embd={width}") for layers, width in MODELS]
+    points += alternate("training: million parameters", by_size, turns)
+    by_context = [Training(tokens, f"model.block_size={length}", size=length) for length in CONTEXTS]
+    points += alternate("training: tokens of context", by_context, turns)
+    by_processes = [Training(tokens, size=count, processes=count) for count in PROCESSES]
+    points += alternate(PROCESSES_SERIES, by_processes, turns)
     print("\n".join(table(points)))
     out.write_text(
         json.dumps({"cores": usable_cores(), "points": [asdict(point) for point in points]}, indent=1) + "\n"
     )
 
 
-def by_text(corpus: Path, megabytes: Sequence[int], budget_s: float) -> Iterator[Point]:
+def by_text(corpus: Path, megabytes: Sequence[int], turns: int) -> Iterator[Point]:
     """Tokenize texts of these sizes, and train on each."""
     text = corpus.read_bytes()
-    for size in megabytes:
-        with tempfile.TemporaryDirectory(prefix="chargpt-scale-") as name:
-            repeated, folder = Path(name) / "text.txt", Path(name) / "tokens"
+    with tempfile.TemporaryDirectory(prefix="chargpt-scale-") as name:
+        trainings = []
+        for size in megabytes:
+            repeated, folder = Path(name) / "text.txt", Path(name) / f"tokens-{size}"
             with repeated.open("wb") as file:
                 for _ in range(math.ceil(size * 1e6 / len(text))):
                     file.write(text)
                 file.truncate(int(size * 1e6))
             whole, memory = tokenize(repeated, folder)
-            repeated.unlink()
             yield Point("tokenizing: MB of text", size, whole, whole, whole, size * 1e6 / whole, memory / 1e9)
-            yield measure("training: MB of text", size, folder, budget_s)
-            shutil.rmtree(folder)
-
-
-def by_model(tokens: Path, budget_s: float) -> Iterator[Point]:
-    """Train models of different sizes, and contexts of different lengths."""
-    for layers, width in MODELS:
-        shape = (f"model.n_layer={layers}", f"model.n_embd={width}")
-        yield measure("training: million parameters", None, tokens, budget_s, *shape)
-    for length in CONTEXTS:
-        yield measure("training: tokens of context", length, tokens, budget_s, f"model.block_size={length}")
-
-
-def by_processes(tokens: Path, budget_s: float) -> Iterator[Point]:
-    """Train with different numbers of processes."""
-    for processes in PROCESSES:
-        yield measure(PROCESSES_SERIES, processes, tokens, budget_s, processes=processes)
+            trainings.append(Training(folder, size=size))
+        yield from alternate("training: MB of text", trainings, turns)
 
 
 def tokenize(corpus: Path, folder: Path) -> tuple[float, int]:
@@ -136,46 +111,66 @@ def tokenize(corpus: Path, folder: Path) -> tuple[float, int]:
     return time.perf_counter() - began, 1024 * usage.ru_maxrss
 
 
-def measure(series: str, size: float | None, tokens: Path, budget_s: float, *changes: str, processes: int = 1) -> Point:
-    """The median step of a training; without a size, it is the number of parameters in millions."""
-    found: SimpleQueue[Steps] = CONTEXT.SimpleQueue()
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    workers = []
-    for rank in range(processes):
-        variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        workers.append(CONTEXT.Process(target=work, args=(variables, tokens, changes, budget_s, found)))
-        workers[-1].start()
-    for worker in workers:
-        worker.join(TIMEOUT_S)
-        if worker.exitcode != 0:
-            raise SystemExit(f"{series}: expected exit code 0 of all processes, found {worker.exitcode}")
-    every = [found.get() for _ in workers]
-    low, middle, high = statistics.quantiles(every[0].seconds, n=4)
-    return Point(
-        series,
-        size or round(every[0].parameters / 1e6, 2),
-        middle,
-        low,
-        high,
-        every[0].tokens / middle,
-        max(each.memory for each in every) / 1e9,
-    )
+class Training:
+    """A training in processes of its own, of which `step` makes one step.
+
+    Args:
+        size: on the axis of its series; by default the number of parameters in millions.
+    """
+
+    def __init__(self, tokens: Path, *changes: str, size: float | None = None, processes: int = 1) -> None:
+        self.size, self._tokens, self._changes, self._processes = size, tokens, changes, processes
+
+    def start(self) -> None:
+        """Start the processes."""
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        variables |= {"WORLD_SIZE": str(self._processes), "LOCAL_WORLD_SIZE": str(self._processes)}
+        self._connections: list[Connection] = []
+        for rank in range(self._processes):
+            mine, other = CONTEXT.Pipe()
+            of_rank = {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            CONTEXT.Process(target=work, args=(of_rank, self._tokens, self._changes, other), daemon=True).start()
+            other.close()
+            self._connections.append(mine)
+
+    def step(self) -> float:
+        """The seconds of one step."""
+        return max(self._answers(True))
+
+    def stop(self) -> tuple[int, int, int]:
+        """End the processes; returns the number of parameters, the tokens of a step, and the peak memory in bytes."""
+        every = self._answers(False)
+        return every[0][0], every[0][1], max(memory for _, _, memory in every)
+
+    def _answers(self, command: bool) -> list[Any]:
+        for connection in self._connections:
+            connection.send(command)
+        return [connection.recv() for connection in self._connections]  # EOFError if a process failed
 
 
-def work(
-    variables: dict[str, str], tokens: Path, changes: Sequence[str], budget_s: float, found: "SimpleQueue[Steps]"
-) -> None:
-    """Be one process of a training, for about so many seconds after the warm-up."""
+def work(variables: Mapping[str, str], tokens: Path, changes: Sequence[str], connection: Connection) -> None:
+    """Be one process of a training: a step for each true message, then a summary."""
     os.environ.update(variables)
     with process_group(choose_device("cpu", "device"), timeout_s=TIMEOUT_S) as group:
         each = trainer(RECIPE, load_tokens(tokens), group, *SETTINGS, *changes)
-        slowest = max(seconds(each.train_step, 1) for _ in range(WARM_UP))
-        count = MIN_STEPS + int(budget_s / group.sum([slowest])[0] * group.size)  # the same in all processes
-        times = [seconds(each.train_step, 1) for _ in range(count)]
+        while connection.recv():
+            connection.send(seconds(each.train_step, 1))
         batch = each.params.batch_size * each.model.config.block_size
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found.put(Steps(times, peak, count_parameters(each.model), batch))
+        connection.send((count_parameters(each.model), batch, peak))
+
+
+def alternate(series: str, trainings: Sequence[Training], turns: int) -> Iterator[Point]:
+    """Measure the trainings of a series in turns."""
+    for training in trainings:
+        training.start()
+    times = [[training.step() for training in trainings] for _ in range(WARM_UP + turns)][WARM_UP:]
+    for training, of_training in zip(trainings, zip(*times, strict=True), strict=True):
+        low, middle, high = statistics.quantiles(of_training, n=4)
+        parameters, tokens, memory = training.stop()
+        size = training.size or round(parameters / 1e6, 2)
+        yield Point(series, size, middle, low, high, tokens / middle, memory / 1e9)
+    print(f"{series}: done", file=sys.stderr, flush=True)
 
 
 def free_port() -> int:

@@ -125,7 +125,10 @@ def test_a_loss_that_does_not_fall_is_found(tokens: Path, monkeypatch: pytest.Mo
 
 
 def test_compilation_is_used_where_it_was_measured_to_pay(tmp_path: Path) -> None:
-    eager, compiled = {"tokens_per_second": 100.0}, {"tokens_per_second": 200.0, "first_step_s": 10.0}
+    eager, compiled = (
+        {"tokens_per_second": 100.0},
+        {"tokens_per_second": 200.0, "first_step_s": 6.0, "first_evaluation_s": 4.0},
+    )
     pays = partial(compilation_pays, "recipe")
     both = Setup(tmp_path, "cpu", True, earlier={"speed": {"recipe": eager}, "compile": {"recipe": compiled}})
     assert pays(3000, both)

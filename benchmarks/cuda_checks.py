@@ -151,7 +151,7 @@ def kill_and_resume(tokens: Path, device: str) -> Results:
         losses = [read_json(folder / "metrics")["val/best_loss"] for folder in (interrupted, whole)]
         load_checkpoint(interrupted / "checkpoint")
         equal = len({sha256_file(folder / "checkpoint") for folder in (interrupted, whole)}) == 1
-    found = {"killed_at_step": killed_at, "losses": losses, "equal_bits": equal}
+    found = {"killed_after_step": killed_at, "losses": losses, "equal_bits": equal}
     complete = steps[-1] == STEPS and all(a < b for a, b in itertools.pairwise(steps)) and "continuing after" in printed
     close = abs(losses[0] - losses[1]) <= RESUMED if device != "cpu" else equal
     if not (complete and close):
@@ -166,7 +166,7 @@ def resume_changes(device: str) -> list[str]:
 
 
 def kill_after_save(process: "subprocess.Popen[str]", folder: Path) -> int:
-    """Send SIGKILL after the first resume state; returns the last step that the history holds."""
+    """Send SIGKILL after the first resume state; returns the step of the newest one."""
     until = time.monotonic() + PATIENCE_S
     while not list(folder.glob("run-dir/resume-*.pt")):
         if process.poll() is not None or time.monotonic() > until:
@@ -175,7 +175,7 @@ def kill_after_save(process: "subprocess.Popen[str]", folder: Path) -> int:
     process.kill()
     if process.wait() != -signal.SIGKILL:
         raise CheckFailedError("expected a training that runs until it is killed, found that it ended before")
-    return max((record.step for record in read_records(folder / "run-dir" / "history.jsonl")), default=0)
+    return max(int(path.stem.rpartition("-")[2]) for path in folder.glob("run-dir/resume-*.pt"))
 
 
 def start(params: Path, tokens: Path, folder: Path, *changes: str) -> "subprocess.Popen[str]":

@@ -135,7 +135,8 @@ class Training:
 
     def step(self) -> float:
         """The seconds of one step."""
-        return max(self._answers(True))
+        times: list[float] = self._answers(True)
+        return max(times)
 
     def stop(self) -> tuple[int, int, int]:
         """End the processes; returns the number of parameters, the tokens of a step, and the peak memory in bytes."""

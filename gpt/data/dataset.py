@@ -1,7 +1,9 @@
 """Windows of the token files: random or shuffled ones for training, consecutive ones for evaluation."""
 
+from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from gpt.core.errors import UserError
 from gpt.data.token_files import Split, TokenData
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Windows = tuple[torch.Tensor, torch.Tensor]
 
 MIN_BLOCKS = 4  # of each split; the loss over fewer blocks depends too much on where they are
 
@@ -51,7 +54,7 @@ def random_windows(split: Split, *, count: int, block_size: int) -> tuple[torch.
     return _windows_at(split, torch.randint(len(split) - block_size, (count,)).numpy(), block_size)
 
 
-def evaluation_windows(data: TokenData, *, block_size: int, batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def evaluation_windows(data: TokenData, *, block_size: int, batch_size: int) -> "EvaluationWindows":
     """Split the validation tokens into windows such that each of them is a target exactly once.
 
     The input of the first target is the last token of the training split.
@@ -60,8 +63,40 @@ def evaluation_windows(data: TokenData, *, block_size: int, batch_size: int) -> 
         Batches of inputs and targets, each of shape (≤ batch_size, ≤ block_size): full blocks in order, then a batch
         with the shorter remainder.
     """
-    tokens = torch.from_numpy(np.concatenate([data.train[-1:], data.val]).astype(np.int64))
-    return consecutive_windows(tokens, block_size=block_size, batch_size=batch_size)
+    return EvaluationWindows(data, block_size, batch_size)
+
+
+class EvaluationWindows(Sequence[Windows]):
+    """The batches of `evaluation_windows`, read from the token file when they are used: the split may be large."""
+
+    def __init__(self, data: TokenData, block_size: int, batch_size: int) -> None:
+        self._previous, self._val = data.train[-1:], data.val
+        self._block_size, self._batch_size = block_size, batch_size
+        self._full = len(data.val) // block_size * block_size  # tokens in full blocks
+        remainder = self._full < len(data.val)
+        self._numbers = range(-(-self._full // (block_size * batch_size)) + remainder)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Windows: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "EvaluationWindows": ...
+
+    def __getitem__(self, index: int | slice) -> "Windows | EvaluationWindows":
+        if isinstance(index, slice):
+            part = copy(self)
+            part._numbers = self._numbers[index]
+            return part
+        batch = self._block_size * self._batch_size
+        begin = min(self._numbers[index] * batch, self._full)
+        end = min(begin + batch, self._full) if begin < self._full else len(self._val)
+        before = self._val[begin - 1 : begin] if begin else self._previous
+        tokens = torch.from_numpy(np.concatenate([before, self._val[begin:end]]).astype(np.int64))
+        (windows,) = consecutive_windows(tokens, block_size=self._block_size, batch_size=self._batch_size)
+        return windows
 
 
 def consecutive_windows(
@@ -92,4 +127,7 @@ def _epoch_starts(length: int, block_size: int, seed: int, epoch: int) -> Number
     """The start of each window of an epoch, in shuffled order."""
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     offset = generator.integers(block_size)
-    return offset + block_size * generator.permutation(_windows_per_epoch(length, block_size))
+    starts: Numbers = generator.permutation(_windows_per_epoch(length, block_size))
+    starts *= block_size  # in place: of a large text there are many
+    starts += offset
+    return starts

@@ -149,8 +149,8 @@ class Trainer:
         sums = [0.0] * len(self._val_batches)
         mine = slice(self.group.rank, None, self.group.size)
         with self.average.in_use() if self.average else nullcontext(), self._precision():
-            losses = token_losses(self.model, self._val_batches[mine], self.group.device)
-            sums[mine] = [float(losses_of_batch.sum()) for losses_of_batch in losses]
+            losses = (token_losses(self.model, [batch], self.group.device) for batch in self._val_batches[mine])
+            sums[mine] = [float(losses_of_batch.sum()) for (losses_of_batch,) in losses]
         loss = sum(self.group.sum(sums)) / len(self.data.val)
         if not math.isfinite(loss):
             raise self._diverged(f"a finite validation loss, found {loss}")

@@ -24,6 +24,25 @@ def test_every_validation_token_is_a_target_once(data: TokenData, block_size: in
     assert all(len(inputs_BT) <= batch_size for inputs_BT, _ in batches)
 
 
+def test_every_second_batch_as_a_rank_takes_it(data: TokenData) -> None:
+    batches = evaluation_windows(data, block_size=7, batch_size=3)
+    listed = list(batches)
+    assert len(batches) == len(listed) > 10
+    for begin in (0, 1):
+        taken = batches[begin::2]
+        assert len(taken) == len(listed[begin::2])
+        for part, whole in zip(taken, listed[begin::2], strict=True):
+            assert all(map(torch.equal, part, whole))
+
+
+def test_batches_of_a_large_split_are_read_when_they_are_used(data: TokenData) -> None:
+    """All of them would take 16 TB."""
+    large = replace(data, val=np.broadcast_to(np.uint16(1), 10**12))
+    batches = evaluation_windows(large, block_size=1000, batch_size=1)
+    assert len(batches) == 10**9
+    assert [part_BT.shape for part_BT in batches[-1]] == [(1, 1000)] * 2
+
+
 def test_losses_do_not_depend_on_the_batch_size(data: TokenData) -> None:
     torch.manual_seed(0)
     model = GPT(model_params(n_layer=1, n_head=1, n_embd=8, block_size=16, dropout=0.5), data.meta.vocab_size)

@@ -60,6 +60,8 @@ import importlib, json, sys
 files = {}
 for stage in sys.argv[1:]:
     importlib.import_module(f"gpt.commands.{stage}")
+    if "gpt.generation.decoding" in sys.modules:
+        importlib.import_module("gpt.generation.compiled_step")  # imported at the first step
     modules = [sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "gpt"]
     files[stage] = [module.__file__ for module in modules if module.__name__ != "gpt"]
 assert not {"matplotlib", "tokenizers", "tiktoken"} & set(sys.modules)  # imported where they are used

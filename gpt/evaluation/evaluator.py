@@ -34,7 +34,7 @@ MAX_TOKENS_PER_CHARACTER = 4  # the bytes of the longest UTF-8 character
 INSPECTED_TOKENS = 16  # of the validation split
 TRAINING_WINDOWS = 16  # of the training split, for comparison with the validation split
 BYTES_PER_CHARACTER = 150  # of the generated texts: their tokens, and the indices of the search (measured)
-COPIES = 3  # of the weights: in the file, as loaded, in the model
+COPIES = 4  # of the weights: in the file, as loaded, in the model, in the compiled step
 MAX_EXPONENT = 700  # of a number in double precision
 MAX_PRINTED = 60  # characters of the longest copy
 

@@ -35,13 +35,14 @@ class SamplingParams(Section):
         return self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
 
 
-def next_token_probabilities(logits_BV: Tensor, seen_BV: Tensor, params: SamplingParams) -> Tensor:
+def next_token_probabilities(logits_BV: Tensor, seen_BV: Tensor | None, params: SamplingParams) -> Tensor:
     """Apply the repetition penalty, the temperature, the filters and softmax, in this order, (B, V).
 
     Args:
-        seen_BV: whether the sequence, prompt included, contains the token.
+        seen_BV: whether the sequence, prompt included, contains the token; None: no repetition penalty.
     """
-    logits_BV = apply_repetition_penalty(logits_BV, seen_BV, params.repetition_penalty)
+    if seen_BV is not None:
+        logits_BV = apply_repetition_penalty(logits_BV, seen_BV, params.repetition_penalty)
     logits_BV = apply_temperature(logits_BV, params.temperature)
     logits_BV = filter_top_p(filter_top_k(logits_BV, params.top_k), params.top_p)
     return filter_min_p(logits_BV, params.min_p).softmax(-1)
@@ -97,11 +98,9 @@ class Sampler:
         self.seen_V[list(prompt)] = True
         self._generator = torch.Generator().manual_seed(seed)
 
-    def sample(self, probabilities_V: Tensor) -> int:
-        """Sample one token and remember that the sequence contains it."""
-        token = int(torch.multinomial(probabilities_V, 1, generator=self._generator))
-        self.seen_V[token] = True
-        return token
+    def draw_noise(self) -> Tensor:
+        """Exponential noise for the next token, (V,)."""
+        return torch.empty(len(self.seen_V)).exponential_(generator=self._generator)
 
 
 def sample_tokens(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
@@ -111,8 +110,14 @@ def sample_tokens(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
         groups.setdefault(sampler.params.filters, []).append(sequence)
     tokens = [0] * len(samplers)
     for sequences in groups.values():
-        seen_BV = torch.stack([samplers[sequence].seen_V for sequence in sequences])
-        probabilities_BV = next_token_probabilities(logits_BV[sequences], seen_BV, samplers[sequences[0]].params)
-        for sequence, probabilities_V in zip(sequences, probabilities_BV, strict=True):
-            tokens[sequence] = samplers[sequence].sample(probabilities_V)
+        params, seen_BV = samplers[sequences[0]].params, None
+        if params.repetition_penalty != 1:
+            seen_BV = torch.stack([samplers[sequence].seen_V for sequence in sequences])
+        selected_BV = logits_BV[sequences] if len(groups) > 1 else logits_BV
+        probabilities_BV = next_token_probabilities(selected_BV, seen_BV, params)
+        # The token with the highest quotient is a sample: exponential clocks (Efraimidis & Spirakis 2006)
+        noise_BV = torch.stack([samplers[sequence].draw_noise() for sequence in sequences])
+        for sequence, token in zip(sequences, (probabilities_BV / noise_BV).argmax(-1).tolist(), strict=True):
+            tokens[sequence] = token
+            samplers[sequence].seen_V[token] = True
     return tokens

@@ -18,7 +18,7 @@ from gpt.model.memory import Term, activations, cache, check_memory, position_ta
 
 CPU = torch.device("cpu")
 BATCH_SIZE = 16  # larger batches need more memory and are hardly faster
-COPIES = 3  # of the weights: in the file, as loaded, in the model
+COPIES = 4  # of the weights: in the file, as loaded, in the model, in the compiled step
 BYTES_PER_STEP = 200  # the tokens of a batch that are kept until their sample is read
 BYTES_PER_SAMPLE = 100  # in the list of all samples
 

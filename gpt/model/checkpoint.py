@@ -30,6 +30,7 @@ from gpt.tokenizers import tokenizer_from_json
 from gpt.tokenizers.base import Tokenizer
 
 FORMAT = 1
+ADDED_KEYS = {"ngram_dropout": 0.0}  # of the model; earlier checkpoints lack them
 TRAILER = b"\nchargpt sha256 "  # then 64 hexadecimal digits and a line feed
 TRAILER_LENGTH = len(TRAILER) + 64 + 1
 MAX_REASON, MAX_LISTED = 300, 5  # characters, and weights, in an error message
@@ -77,7 +78,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     metadata, tensors = read_tensors(path)
     try:
-        config = ModelConfig.model_validate(metadata["model"])
+        config = ModelConfig.model_validate(ADDED_KEYS | metadata["model"])
         tokenizer = tokenizer_from_json(metadata["tokenizer"])
         found, about = dict(tensors["weights"]), _Origin.model_validate(metadata["about"])
         sizes = [*weights(config, tokenizer.vocab_size), *position_tables(config)]

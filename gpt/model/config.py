@@ -21,6 +21,7 @@ class ModelConfig(Section):
     ngram: int = Field(ge=1, le=6)
     ngram_rows: int = Field(ge=1, le=1 << 31)
     ngram_width: int = Field(ge=1, le=MAX_SIZE)
+    ngram_dropout: float = Field(ge=0, lt=1)
     norm: Literal["layer", "rms"]
     qk_norm: bool
     activation: Literal["relu", "gelu", "relu2", "swiglu"]

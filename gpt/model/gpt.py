@@ -34,12 +34,14 @@ class NgramEmbeddings(nn.Module):
         self.tables = nn.ModuleList(
             nn.Embedding(min(config.ngram_rows, vocab_size**n), config.ngram_width) for n in range(2, config.ngram + 1)
         )
+        self.dropout = nn.Dropout1d(config.ngram_dropout)  # of whole embeddings
         self.mix = nn.Linear(config.ngram_width * len(self.tables), config.n_embd, bias=False)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Embed the n-grams that end at each position, (B, T) to (B, T, C); missing earlier tokens count as token 0."""
         embeddings = [table(rows_BT) for table, rows_BT in zip(self.tables, self.rows(tokens_BT), strict=True)]
-        mixed_BTC: Tensor = self.mix(torch.cat(embeddings, dim=-1))
+        by_length = self.dropout(torch.stack(embeddings, dim=-2).flatten(0, 1))
+        mixed_BTC: Tensor = self.mix(by_length.view(*tokens_BT.shape, -1))
         return mixed_BTC
 
     def rows(self, tokens_BT: Tensor) -> Iterator[Tensor]:

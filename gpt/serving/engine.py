@@ -102,7 +102,7 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self._model, self._executor = model, executor
         self._max_batch_size, self._max_queue_size = max_batch_size, max_queue_size
-        self._decoder = Decoder(model, max_batch_size)
+        self._decoder = self._make_decoder()
         self._submitted, self._idle = asyncio.Event(), asyncio.Event()
         self._idle.set()
 
@@ -134,6 +134,11 @@ class Engine:
                 await self._submitted.wait()
             await self._run_step(loop)
 
+    def _make_decoder(self) -> Decoder:
+        decoder = Decoder(self._model, self._max_batch_size)
+        log.info("decoding: %s", "compiled" if decoder.compiled_step else "torch")  # compiled now, not for a request
+        return decoder
+
     async def _run_step(self, loop: asyncio.AbstractEventLoop) -> None:
         """Compute one token of each sequence and pass them on."""
         leaving = [generation for generation in self.running if generation.ended]
@@ -145,7 +150,7 @@ class Engine:
             log.exception("a step failed")
             for generation in {*self.running, *joining}:
                 generation.deliver(StepError(f"the model failed: {type(error).__name__}; try again"))
-            self.running, self._decoder = [], Decoder(self._model, self._max_batch_size)
+            self.running, self._decoder = [], self._make_decoder()
             return
         for generation, tokens in zip(self.running, scored, strict=True):
             generation.deliver(tokens if generation.missing else tokens[:-1])

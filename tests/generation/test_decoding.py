@@ -1,4 +1,4 @@
-"""Decoding follows the model's probabilities, and neither the cache nor the batch changes the result."""
+"""Decoding follows the model's probabilities; cache, compilation and batch do not change the result."""
 
 from typing import get_args
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gpt.generation.decoding import Decoder, generate_tokens
+from gpt.generation.packed_weights import POSITIONS
 from gpt.generation.sampling import Sampler, SamplingParams, sample_tokens
 from gpt.model.baselines import MODEL_CLASSES, make_model
 from gpt.model.config import ModelConfig
@@ -17,13 +18,18 @@ PROMPTS = [[1], [2, 3, 4, 5, 6], [7] * 8, list(range(11)) * 2]  # shorter than, 
 VARIANTS = {
     **{name: {"position": name} for name in get_args(ModelConfig.model_fields["position"].annotation)},
     **{kind: {"kind": kind, "position": "learned"} for kind in MODEL_CLASSES},
+    **{name: {"activation": name} for name in get_args(ModelConfig.model_fields["activation"].annotation)},
     "no n-grams": {"ngram": 1},
+    "hashed n-grams": {"ngram": 6, "ngram_rows": 100},
+    "RMSNorm": {"norm": "rms"},
+    "no QK norm, biases": {"qk_norm": False, "bias": True},
+    "tied, odd width": {"n_embd": 18, "position": "alibi", "tie_embeddings": True},
 }
 
 
 @pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))
 def variant(request: pytest.FixtureRequest) -> LanguageModel:
-    config = model_params(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0, **request.param)
+    config = model_params(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0, **request.param})
     return strong_model(config, vocab_size=11)
 
 
@@ -35,30 +41,44 @@ def model() -> GPT:
     return model.eval()
 
 
-def generate(model: LanguageModel, prompt: list[int], params: SamplingParams, seed: int) -> list[int]:
+def generate(model: LanguageModel, prompt: list[int], params: SamplingParams, seed: int, **options: bool) -> list[int]:
     """The continuation of a single prompt."""
-    return [token for (token,) in generate_tokens(model, [prompt], params, [seed])]
+    return [token for (token,) in generate_tokens(model, [prompt], params, [seed], **options)]
 
 
-def test_the_cache_does_not_change_the_logits(variant: LanguageModel) -> None:
+def test_neither_cache_nor_compilation_changes_the_logits(variant: LanguageModel) -> None:
     """Also after windows have overflowed at different steps: at steps 1, 4 and 8 first."""
     torch.manual_seed(1)
-    cached, reference = Decoder(variant, 4), Decoder(variant, 4, cached=False)
-    actual_BV, expected_BV = (torch.stack([added[-1] for added in part.add(PROMPTS)]) for part in (cached, reference))
+    decoders = [Decoder(variant, 4), Decoder(variant, 4, compiled=False), Decoder(variant, 4, cached=False)]
+    fast = isinstance(variant, GPT) and variant.config.position in POSITIONS
+    assert [decoder.compiled_step is not None for decoder in decoders] == [fast, False, False]
+    logits = [torch.stack([added[-1] for added in decoder.add(PROMPTS)]) for decoder in decoders]
     for _ in range(14):
-        assert torch.allclose(actual_BV, expected_BV, atol=1e-4)
+        compiled_BV, cached_BV, expected_BV = logits
+        assert torch.allclose(compiled_BV, expected_BV, atol=1e-4)
+        assert torch.allclose(cached_BV, expected_BV, atol=1e-4)
         tokens = torch.randint(11, (4,)).tolist()
-        actual_BV, expected_BV = cached.step(tokens), reference.step(tokens)
+        logits = [decoder.step(tokens) for decoder in decoders]
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_sequences_join_and_leave_without_an_effect_on_the_others(variant: LanguageModel, cached: bool) -> None:
+def test_compilation_does_not_change_the_text_of_a_seed(variant: LanguageModel) -> None:
+    params = SamplingParams(max_new_tokens=60, temperature=1.0)
+    compiled, reference = (
+        list(generate_tokens(variant, PROMPTS, params, range(4), compiled=compiled)) for compiled in (True, False)
+    )
+    assert compiled == reference
+
+
+@pytest.mark.parametrize("options", [{}, {"compiled": False}, {"cached": False}], ids=str)
+def test_sequences_join_and_leave_without_an_effect_on_the_others(
+    variant: LanguageModel, options: dict[str, bool]
+) -> None:
     """Each of 12 sequences gets the tokens that it gets alone, among up to 6 that come and go."""
     params, alone = SamplingParams(max_new_tokens=14, temperature=1.0), {}
     prompts = {seed: PROMPTS[seed % 4] for seed in range(12)}
     for seed, prompt in prompts.items():
-        alone[seed] = generate(variant, prompt, params, seed)
-    decoder, active, logits = Decoder(variant, 6, cached=cached), list[int](), list[torch.Tensor]()
+        alone[seed] = generate(variant, prompt, params, seed, **options)
+    decoder, active, logits = Decoder(variant, 6, **options), list[int](), list[torch.Tensor]()
     texts: dict[int, list[int]] = {seed: [] for seed in prompts}
     samplers = {seed: Sampler(params, seed, prompt, 11) for seed, prompt in prompts.items()}
     waiting = list(prompts)
@@ -78,19 +98,18 @@ def test_sequences_join_and_leave_without_an_effect_on_the_others(variant: Langu
     assert all(text == alone[seed][: len(text)] for seed, text in texts.items())
 
 
-@pytest.mark.proof
-def test_the_logits_of_a_sequence_are_bit_identical_in_every_batch() -> None:
-    """Proof, not test: it holds for the kernels of a CPU, and was measured on some."""
+@pytest.mark.parametrize("compiled", [pytest.param(True), pytest.param(False, marks=pytest.mark.proof)])
+def test_the_logits_of_a_sequence_are_bit_identical_in_every_batch(compiled: bool) -> None:
+    """A proof without compilation: it holds for torch's kernels of a CPU, and was measured on some."""
     config = model_params(n_layer=2, n_head=4, n_embd=160, block_size=64, dropout=0, position="rotary", ngram=3)
     model = strong_model(config, vocab_size=65)
-    alone = Decoder(model, 1)
-    expected = [alone.add([[1, 2, 3]])[0][-1], *(alone.step([token])[0] for token in range(60))]
+    alone = Decoder(model, 1, compiled=compiled)
+    expected = [alone.add([[1, 2, 3]])[0][-1], *(alone.step([token % 65])[0] for token in range(80))]
     for others in (1, 2, 6, 15, 31):
-        decoder = Decoder(model, 1 + others)
+        decoder = Decoder(model, 1 + others, compiled=compiled)
         first = decoder.add([[1, 2, 3], *([4] * (1 + other) for other in range(others))])[0][-1]
-        assert all(
-            map(torch.equal, expected, [first, *(decoder.step([token] * (1 + others))[0] for token in range(60))])
-        )
+        steps = (decoder.step([token % 65] * (1 + others))[0] for token in range(80))
+        assert all(map(torch.equal, expected, [first, *steps]))
 
 
 def test_a_batch_generates_the_same_tokens_as_single_sequences(variant: LanguageModel) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from gpt.core.errors import UserError
 from gpt.core.files import canonical_json
-from gpt.model.checkpoint import FORMAT, TRAILER, Checkpoint, load_checkpoint
+from gpt.model.checkpoint import ADDED_KEYS, FORMAT, TRAILER, Checkpoint, load_checkpoint
 from gpt.model.gpt import GPT
 from gpt.tokenizers.char import CharTokenizer
 from tests.support.common import model_params, peak_memory
@@ -57,6 +57,14 @@ def sealed_checkpoint(
     """A checkpoint with a valid trailer and changed metadata or weights."""
     changed = {"model": CONFIG.model_dump() | (model or {}), "tokenizer": TOKENIZER.to_json() | (tokenizer or {})}
     return with_metadata(canonical_json({**changed, "about": {"corpus_sha256": "0"}}), weights)
+
+
+def test_checkpoints_without_later_keys_are_read(tmp_path: Path) -> None:
+    model = {name: value for name, value in CONFIG.model_dump().items() if name not in ADDED_KEYS}
+    about = {"corpus_sha256": "0" * 64}
+    metadata = {"model": model, "tokenizer": TOKENIZER.to_json(), "about": about}
+    (tmp_path / "model.pt").write_bytes(with_metadata(canonical_json(metadata)))
+    assert load_checkpoint(tmp_path / "model.pt").model == CONFIG
 
 
 def test_loading_restores_everything_and_saving_again_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:

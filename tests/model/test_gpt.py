@@ -146,6 +146,19 @@ def test_ngram_embeddings_depend_on_the_last_n_tokens(rows: int) -> None:
     assert torch.equal(embeddings(tokens_BT[:, :4]), vectors_BTC[:, :4])
 
 
+def test_ngram_dropout_zeroes_whole_embeddings_in_training_only() -> None:
+    torch.manual_seed(0)
+    config = GPT2.model_copy(update={"ngram": 3, "ngram_width": 4, "n_embd": 8, "ngram_dropout": 0.5})
+    embeddings = NgramEmbeddings(config, vocab_size=11)
+    nn.init.eye_(embeddings.mix.weight)
+    for table in embeddings.tables.parameters():
+        nn.init.ones_(table)
+    tokens_BT = torch.randint(11, (4, 8))
+    by_length = embeddings(tokens_BT).view(-1, 4)
+    assert set(map(tuple, by_length.tolist())) == {(0.0,) * 4, (2.0,) * 4}
+    assert torch.equal(embeddings.eval()(tokens_BT), torch.ones(4, 8, 8))
+
+
 @pytest.mark.parametrize("n", [3, 6])
 def test_hashed_ngrams_are_spread_evenly(n: int) -> None:
     torch.manual_seed(0)

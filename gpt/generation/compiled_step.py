@@ -10,6 +10,7 @@ positions, L layers, V tokens of the vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self, TypeVar, cast
 
@@ -29,10 +30,12 @@ from gpt.generation.packed_weights import (
     PackedWeights,
     pack_weights,
 )
+from gpt.launch import usable_cores
 from gpt.model.gpt import GPT, HASH_MULTIPLIER, LanguageModel
 from gpt.model.kv_cache import KVCache
 from gpt.model.positions import REACH
 
+MIN_PER_THREAD = 4  # sequences
 ROWS = 16  # tokens whose results stay in the nearest cache while a matrix is read
 ZERO, HALF, ONE, ROOT_HALF = (np.float32(value) for value in (0, 0.5, 1, math.sqrt(0.5)))
 
@@ -58,6 +61,8 @@ class CompiledStep:
 
     def __init__(self, model: GPT) -> None:
         self._weights = pack_weights(model)
+        self._cores = usable_cores()
+        self._threads = ThreadPoolExecutor(self._cores)
         self([[0]], model.make_cache(1))  # compiles it, or loads it
 
     @classmethod
@@ -75,10 +80,20 @@ class CompiledStep:
         Args:
             tokens: at least one for each sequence.
         """
+        parts = min(self._cores, max(len(tokens) // MIN_PER_THREAD, 1))
+        ends = [len(tokens) * part // parts for part in range(1, parts + 1)]
+        starts = [0, *ends[:-1]]
+        if parts == 1:
+            return self._compute(tokens, cache, 0, len(tokens))
+        return torch.cat(list(self._threads.map(partial(self._compute, tokens, cache), starts, ends)))
+
+    def _compute(self, tokens: Sequence[Sequence[int]], cache: KVCache, start: int, end: int) -> Tensor:
+        """The same for the sequences from `start` to before `end`; other threads may compute others."""
         logits_BV = step(
             self._weights,
-            np.array([token for each in tokens for token in each]),
-            np.array([len(each) for each in tokens]),
+            np.array([token for each in tokens[start:end] for token in each]),
+            np.array([len(each) for each in tokens[start:end]]),
+            start,
             cache.tokens_BS.numpy(),
             cache.lengths_B.numpy(),
             cache.keys_LBHSD.numpy(),
@@ -92,13 +107,14 @@ def step(
     w: PackedWeights,
     tokens_R: Integers,
     counts_B: Integers,
+    start: int,
     tokens_BS: Integers,
     lengths_B: Integers,
     keys_LBHSD: Floats,
     values_LBHSD: Floats,
 ) -> Floats:
-    """Compute the next tokens of each sequence, `counts_B` of them; returns the logits after the last ones, (B, V)."""
-    sequences_R, positions_R = append_tokens(tokens_R, counts_B, tokens_BS, lengths_B)
+    """Compute the next tokens of the sequences from `start` on, `counts_B` of each; the logits after their last ones."""
+    sequences_R, positions_R = append_tokens(tokens_R, counts_B, start, tokens_BS, lengths_B)
     x_RC = embed(w, tokens_BS, sequences_R, positions_R)
     for layer in range(w.qkv.weights_LIO.shape[0]):
         h_RC = layer_norm(w, 2 * layer, x_RC)
@@ -116,13 +132,13 @@ def step(
 
 @compiled
 def append_tokens(
-    tokens_R: Integers, counts_B: Integers, tokens_BS: Integers, lengths_B: Integers
+    tokens_R: Integers, counts_B: Integers, start: int, tokens_BS: Integers, lengths_B: Integers
 ) -> tuple[Integers, Integers]:
     """Store the next tokens of each sequence and count them; returns the sequence and the position of each token."""
     sequences_R, positions_R = np.empty_like(tokens_R), np.empty_like(tokens_R)
     r = 0
-    for b in range(counts_B.shape[0]):
-        for _ in range(counts_B[b]):
+    for b in range(start, start + counts_B.shape[0]):
+        for _ in range(counts_B[b - start]):
             sequences_R[r], positions_R[r] = b, lengths_B[b]
             tokens_BS[b, lengths_B[b]] = tokens_R[r]
             lengths_B[b] += 1

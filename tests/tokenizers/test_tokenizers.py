@@ -26,7 +26,7 @@ BPE = BpeTokenizer.train([TEXT], 300)
 RANKS = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(BPE.token_bytes))
 TIKTOKEN = TiktokenTokenizer.from_tiktoken(RANKS)
 TRAINED = [
-    CharTokenizer.from_chunks([TEXT]),
+    CharTokenizer(ALPHABET),
     WordTokenizer.train([TEXT], ALPHABET, 60),
     BPE,
     WordPieceTokenizer.train([TEXT], ALPHABET, 120),
@@ -72,7 +72,7 @@ def test_kinds_with_an_alphabet_can_be_trained_on_any_text(text: str, more: int,
     alphabet = "".join(sorted(set(text)))
     other = data.draw(st.text(alphabet=alphabet))
     for tokenizer in (
-        CharTokenizer.from_chunks([text]),
+        CharTokenizer(alphabet),
         WordTokenizer.train([text] * 2, alphabet, len(alphabet) + more),
         WordPieceTokenizer.train([text] * 2, alphabet, 2 * len(alphabet) + more),
     ):

@@ -2,11 +2,13 @@
 
 import io
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from gpt.core.cli import report
@@ -17,7 +19,7 @@ from gpt.data.token_files import Meta
 from gpt.download.sources import Sources, fetch_first
 from gpt.tokenizers import tokenizer_from_json
 from gpt.tokenizers.base import Kind, Tokenizer, format_characters
-from gpt.tokenizers.char import CharTokenizer
+from gpt.tokenizers.char import CharTokenizer, code_points
 from gpt.tokenizers.subword import BpeTokenizer, WordPieceTokenizer
 from gpt.tokenizers.tiktoken import TiktokenTokenizer
 from gpt.tokenizers.word import WordTokenizer
@@ -98,11 +100,14 @@ def tokenize(*, params: TokenizeParams, corpus: Path, out: Path) -> Meta:
 
 def _open_corpus(path: Path, train_fraction: float) -> Corpus:
     """Count the characters, find the distinct ones and compute where the validation split starts."""
-    characters, first, known = 0, dict[str, int](), CharTokenizer("")
+    characters, first = 0, dict[str, int]()
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)  # by code point
     for chunk in _read_chunks(path, SMALL_CHUNK_CHARACTERS):
-        if new := known.unknown(chunk):
-            first |= {character: characters + chunk.index(character) for character in new}
-            known = CharTokenizer("".join(sorted(first)))
+        points = code_points(chunk)
+        if not seen.take(points, mode="clip").all():  # rare: the loop over characters is a hundred times slower
+            for index, character in enumerate(chunk, characters):
+                first.setdefault(character, index)
+            seen[points] = True
         characters += len(chunk)
     if "\r" in first:
         report(f"{path} has carriage returns, which the model learns; to remove them: sed -i 's/\\r$//' FILE")
@@ -159,8 +164,8 @@ def _read_chunks(path: Path, size: int, boundary: int = 0) -> Iterator[str]:
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n") as text:
         try:
             while chunk := text.read(size):
-                parts = chunk[: max(boundary - position, 0)], chunk[max(boundary - position, 0) :]
-                yield from filter(None, parts)
+                middle = max(boundary - position, 0)
+                yield from filter(None, (chunk[:middle], chunk[middle:]))
                 position += len(chunk)
         except UnicodeDecodeError as error:
             byte = file.tell() - len(error.object) + error.start  # in the file; error.start is in what was read

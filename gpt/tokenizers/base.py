@@ -43,10 +43,11 @@ class Tokenizer(ABC):
 
     def _check(self, text: str) -> None:
         """Raise a UserError if the text contains characters that cannot be encoded."""
-        unknown, alphabet = self.unknown(text), self.alphabet
-        if unknown and alphabet is None:
-            raise UserError(f"expected valid Unicode text, found {format_characters(unknown)}; remove them")
-        if unknown and alphabet is not None:
+        alphabet = self.alphabet
+        if alphabet is None:
+            if unknown := set(SURROGATE.findall(text)):
+                raise UserError(f"expected valid Unicode text, found {format_characters(unknown)}; remove them")
+        elif unknown := set(text) - set(alphabet):
             raise UserError(
                 f"expected only the {len(alphabet)} characters of the training text, found "
                 f"{format_characters(unknown)}; remove them (known: {alphabet[:100]!r})"
@@ -83,10 +84,6 @@ class Tokenizer(ABC):
     def encode_chunks(self, chunks: Iterable[str]) -> Iterator[Tokens]:
         """Encode the chunks of a long text, each by itself; the results are those of `encode`."""
         return map(self.encode, chunks)
-
-    def unknown(self, text: str) -> set[str]:
-        """The characters of a text that cannot be encoded."""
-        return set(SURROGATE.findall(text)) if self.alphabet is None else set(text) - set(self.alphabet)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Convert token IDs to text; invalid UTF-8, which a model may generate, becomes U+FFFD."""

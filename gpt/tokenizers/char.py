@@ -32,10 +32,6 @@ class CharTokenizer(Tokenizer):
             self._check(text)
         return tokens
 
-    def unknown(self, text: str) -> set[str]:
-        """The characters of a text that are not in the vocabulary."""
-        return super().unknown(text) if self._encode(text).max(initial=0) == UNKNOWN else set()
-
     def _encode(self, text: str) -> Tokens:
         return self._ids.take(code_points(text), mode="clip")
 

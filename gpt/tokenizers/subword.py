@@ -24,8 +24,8 @@ CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
 PATTERN = r" ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
 MAX_PRE_TOKEN = 65  # characters that the pattern matches at most
 
-# Pieces of a text that can be encoded independently: words and punctuation in ASCII, white space, and anything else up
-# to white space. Python's `re` has no \p{L}, so a piece ends only where a pre-token does, whatever non-ASCII text means.
+# Pieces of a text that can be encoded independently: words and punctuation in ASCII, white space, anything else up
+# to white space. Python's `re` has no \p{L}, so a piece ends only where a pre-token does, whatever is beyond ASCII.
 SPACE, OTHER = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # \s and \S in the pattern
 PIECES = re.compile(
     r" ?[A-Za-z]{1,64}+(?![^\x00-\x7f])| ?[!-&(-/:-@\[-`{-~]++(?=[A-Za-z0-9\s])"  # no ': it may begin a contraction

@@ -15,7 +15,7 @@ from gpt.core.errors import UserError
 from gpt.tokenizers import TOKENIZERS, tokenizer_from_json
 from gpt.tokenizers.base import Kind, Tokenizer
 from gpt.tokenizers.char import CharTokenizer
-from gpt.tokenizers.subword import BpeTokenizer, WordPieceTokenizer
+from gpt.tokenizers.subword import MAX_PRE_TOKEN, BpeTokenizer, SubwordTokenizer, WordPieceTokenizer
 from gpt.tokenizers.tiktoken import TiktokenTokenizer
 from gpt.tokenizers.word import WordTokenizer
 from tests.support.common import made_up_text
@@ -64,6 +64,51 @@ def test_round_trip_over_the_training_alphabet(tokenizer: Tokenizer, text: str) 
 @example(text="<|endoftext|> [UNK] ##")
 def test_byte_level_kinds_round_trip_any_text(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# Characters and sequences at which the library's patterns behave differently.
+PARTS = [
+    *"aZ 5_-!'\n\t\x0b\x1c\x1f\x7f\x85\xa0²éßΩǅ漢٣Ⅷ½\u0301\u1680\u180e\u2028\u200b\u3000\ufeff🙂𝔘",
+    "'s",
+    "'ll",
+    "'S",
+]
+PARTS += [part * count for part in ("b", "é", " ", "\n", "!", "'", "7", " c") for count in (63, 64, 65, 130)]
+OF_PARTS = "".join(sorted({*"".join(PARTS), *TEXT}))
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [BPE, WordPieceTokenizer.train([TEXT] * 2, OF_PARTS, 400)], ids=["bpe", "wordpiece"]
+)
+@given(chunks=st.lists(st.lists(st.sampled_from(PARTS), max_size=30).map("".join), max_size=3))
+@example(chunks=["don't stop!'s 'll\xe9's 'sé x's", "é's naïve-naive na\u0301 ï a!é", "a" * 64 + "é", "!" * 64 + "'s"])
+@example(chunks=["a \n b\n\n c \n", "  \n", " ", "\x1c \x1c  a", "!\x1c!", "a\u3000 b \u3000c"])
+def test_encode_chunks_equals_encode(tokenizer: Tokenizer, chunks: list[str]) -> None:
+    """The library encodes the distinct pieces of a chunk in one case, the whole chunk in the other."""
+    for chunk, tokens in zip(chunks, tokenizer.encode_chunks(chunks), strict=True):
+        assert tokens.dtype == np.uint32
+        assert np.array_equal(tokens, tokenizer.encode(chunk)), chunk
+
+
+def test_encode_chunks_forgets_pieces_and_lists_unknown_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt.tokenizers.subword.MAX_KNOWN", 20)
+    chunks = [TEXT, TEXT[::-1], "", TEXT]
+    for tokenizer in TRAINED:
+        assert list(map(list, tokenizer.encode_chunks(chunks))) == [list(tokenizer.encode(chunk)) for chunk in chunks]
+        if tokenizer.alphabet:
+            with pytest.raises(UserError, match="found 'X', '´', 'ß';"):
+                list(tokenizer.encode_chunks(["fox", "fox ßXX´"]))
+
+
+@pytest.mark.parametrize("text", ["ACGT" * 500, "漢字" * 1000, "é" * 2000, "1" * 2000, "!" * 2000, " " * 2000])
+def test_pre_tokens_are_short_in_text_without_words(text: str) -> None:
+    """Learning and encoding take quadratic time in the length of a pre-token, linear time in their number."""
+    alphabet = "".join(sorted(set(text)))
+    for tokenizer in (BPE, WordPieceTokenizer.train([text], alphabet, 2 * len(alphabet))):
+        assert isinstance(tokenizer, SubwordTokenizer)
+        spans = [span for _, span in tokenizer._engine.pre_tokenizer.pre_tokenize_str(text)]
+        assert sum(end - start for start, end in spans) == len(text)
+        assert max(end - start for start, end in spans) <= MAX_PRE_TOKEN
 
 
 @settings(max_examples=40)

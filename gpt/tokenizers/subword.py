@@ -28,7 +28,8 @@ MAX_PRE_TOKEN = 65  # characters that the pattern matches at most
 # to white space. Python's `re` has no \p{L}, so a piece ends only where a pre-token does, whatever is beyond ASCII.
 SPACE, OTHER = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # \s and \S in the pattern
 PIECES = re.compile(
-    r" ?[A-Za-z]{1,64}+(?![^\x00-\x7f])| ?[!-&(-/:-@\[-`{-~]++(?=[A-Za-z0-9\s])"  # no ': it may begin a contraction
+    r" ?[A-Za-z]{1,64}+(?![^\x00-\x7f])"
+    rf"| ?[!-&(-/:-@\[-`{{-~]++(?=[A-Za-z0-9]|{SPACE})"  # without ', which may begin a contraction
     rf"|{SPACE}+(?!{OTHER})|[^\S \x1c-\x1f]| ?{OTHER}+"
 )
 MAX_KNOWN = 1 << 21  # characters of the pieces whose tokens are remembered

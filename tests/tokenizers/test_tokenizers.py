@@ -73,7 +73,7 @@ EDGES = [
     "'ll",
     "'S",
 ]
-PARTS = EDGES + [part * count for part in ("b", "é", " ", "\n", "!", "'", "7", " c") for count in (63, 64, 65, 130)]
+PARTS = EDGES + [part * count for part in ("b", "é", " ", "\n", "!", "'", "5", " c") for count in (63, 64, 65, 130)]
 OF_PARTS = TEXT + "".join(left + right for left in EDGES for right in EDGES)
 TRAINED_ON_PARTS = [
     BpeTokenizer.train([OF_PARTS] * 2, 1500),

@@ -27,14 +27,16 @@ proof: $(VENV)/test ## Run the slow tests; they need root and Debian's packages 
 chaos: $(VENV)/test ## Kill the pipeline 200 times at random moments and compare its outputs (one to two hours)
 	python -m tests.chaos --kills 200
 
-bench: $(VENV)/pipeline ## Compare with nanoGPT, profile training, measure growth, serving and start-up (35 minutes)
+bench: $(VENV)/pipeline ## Compare with nanoGPT, profile training, measure growth, decoding, serving, tokenizing, start-up (35 minutes)
 	python -m benchmarks.races
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.steps
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=1 -m benchmarks.sharding
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.sharding
 	python -m benchmarks.scale
+	python -m benchmarks.decoding
 	python -m benchmarks.serving
 	python -m benchmarks.startup
+	python -m benchmarks.tokenizing
 
 ui: $(VENV)/pipeline ## Show the runs in MLflow's UI on http://127.0.0.1:5000; another port: make ui PORT=5001
 	python -m stages.ui $(PORT)

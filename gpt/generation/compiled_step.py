@@ -113,7 +113,7 @@ def step(
     keys_LBHSD: Floats,
     values_LBHSD: Floats,
 ) -> Floats:
-    """Compute the next tokens of the sequences from `start` on, `counts_B` of each; the logits after their last ones."""
+    """Compute the next `counts_B` tokens of the sequences from `start` on; the logits after the last ones, (B, V)."""
     sequences_R, positions_R = append_tokens(tokens_R, counts_B, start, tokens_BS, lengths_B)
     x_RC = embed(w, tokens_BS, sequences_R, positions_R)
     for layer in range(w.qkv.weights_LIO.shape[0]):

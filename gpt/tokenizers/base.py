@@ -41,6 +41,18 @@ class Tokenizer(ABC):
     def _encode(self, text: str) -> Iterable[int]:
         """Encode text whose characters are all in the alphabet."""
 
+    def _check(self, text: str) -> None:
+        """Raise a UserError if the text contains characters that cannot be encoded."""
+        alphabet = self.alphabet
+        if alphabet is None:
+            if unknown := set(SURROGATE.findall(text)):
+                raise UserError(f"expected valid Unicode text, found {format_characters(unknown)}; remove them")
+        elif unknown := set(text) - set(alphabet):
+            raise UserError(
+                f"expected only the {len(alphabet)} characters of the training text, found "
+                f"{format_characters(unknown)}; remove them (known: {alphabet[:100]!r})"
+            )
+
     def _is_valid(self) -> bool:
         """Whether the fields, each valid by itself, fit together."""
         return True
@@ -66,16 +78,12 @@ class Tokenizer(ABC):
         Raises:
             UserError: the text contains characters that cannot be encoded; the message lists them.
         """
-        alphabet = self.alphabet
-        if alphabet is None:
-            if unknown := set(SURROGATE.findall(text)):
-                raise UserError(f"expected valid Unicode text, found {format_characters(unknown)}; remove them")
-        elif unknown := set(text) - set(alphabet):
-            raise UserError(
-                f"expected only the {len(alphabet)} characters of the training text, found "
-                f"{format_characters(unknown)}; remove them (known: {alphabet[:100]!r})"
-            )
+        self._check(text)
         return np.asarray(self._encode(text), dtype=np.uint32)
+
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[Tokens]:
+        """Encode the chunks of a long text, each by itself; the results are those of `encode`."""
+        return map(self.encode, chunks)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Convert token IDs to text; invalid UTF-8, which a model may generate, becomes U+FFFD."""

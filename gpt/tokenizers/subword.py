@@ -4,13 +4,17 @@ The library is imported only to train and to encode; decoding does not need it.
 """
 
 import json
+import re
 import sys
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from gpt.tokenizers.base import MIN_FREQUENCY, Kind, Tokenizer, check_vocab_size
+import numpy as np
+
+from gpt.tokenizers.base import MIN_FREQUENCY, Kind, Tokenizer, Tokens, check_vocab_size
 
 if TYPE_CHECKING:
     import tokenizers
@@ -19,6 +23,16 @@ if TYPE_CHECKING:
 CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
 PATTERN = r" ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
 MAX_PRE_TOKEN = 65  # characters that the pattern matches at most
+
+# Pieces of a text that can be encoded independently: words and punctuation in ASCII, white space, anything else up
+# to white space. Python's `re` has no \p{L}, so a piece ends only where a pre-token does, whatever is beyond ASCII.
+SPACE, OTHER = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"  # \s and \S in the pattern
+PIECES = re.compile(
+    r" ?[A-Za-z]{1,64}+(?![^\x00-\x7f])"
+    rf"| ?[!-&(-/:-@\[-`{{-~]++(?=[A-Za-z0-9]|{SPACE})"  # without ', which may begin a contraction
+    rf"|{SPACE}+(?!{OTHER})|[^\S \x1c-\x1f]| ?{OTHER}+"
+)
+MAX_KNOWN = 1 << 21  # characters of the pieces whose tokens are remembered
 
 BYTES = 256
 
@@ -45,7 +59,37 @@ def text_to_bytes(token: str) -> bytes:
 
 
 @dataclass(frozen=True)
-class BpeTokenizer(Tokenizer):
+class SubwordTokenizer(Tokenizer):
+    """A tokenizer of the library."""
+
+    @property
+    @abstractmethod
+    def _engine(self) -> "tokenizers.Tokenizer":
+        """The library's object."""
+
+    def _encode(self, text: str) -> list[int]:
+        return self._engine.encode(text, add_special_tokens=False).ids
+
+    def encode_chunks(self, chunks: Iterable[str]) -> Iterator[Tokens]:
+        """Encode the chunks of a long text, each by itself; the results are those of `encode`.
+
+        The library encodes each distinct piece once: most pieces of a natural text are repetitions.
+        """
+        known, size = dict[str, bytes](), 0
+        for chunk in chunks:
+            self._check(chunk)
+            pieces = PIECES.findall(chunk)
+            new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
+            encodings = self._engine.encode_batch_fast(new, add_special_tokens=False)
+            known |= {piece: np.array(one.ids, np.uint32).tobytes() for piece, one in zip(new, encodings, strict=True)}
+            yield np.frombuffer(b"".join(map(known.__getitem__, pieces)), np.uint32)
+            size += sum(map(len, new))
+            if size > MAX_KNOWN:
+                known, size = {}, 0
+
+
+@dataclass(frozen=True)
+class BpeTokenizer(SubwordTokenizer):
     """Byte-level byte pair encoding (Sennrich et al. 2016): the most frequent pair of tokens is merged, repeatedly.
 
     The 256 bytes have the first IDs; merged tokens follow in the order of the merges. Any text can be encoded.
@@ -85,9 +129,6 @@ class BpeTokenizer(Tokenizer):
         """The bytes of each token."""
         return tuple(map(text_to_bytes, self._ids))
 
-    def _encode(self, text: str) -> list[int]:
-        return self._engine.encode(text, add_special_tokens=False).ids
-
     def _is_valid(self) -> bool:
         known = set(CHARACTER_TO_BYTE)
         for left, _, right in (merge.partition(" ") for merge in self.merges):
@@ -111,7 +152,7 @@ class BpeTokenizer(Tokenizer):
 
 
 @dataclass(frozen=True)
-class WordPieceTokenizer(Tokenizer):
+class WordPieceTokenizer(SubwordTokenizer):
     """WordPiece as in BERT (Devlin et al. 2019): a word starts with its longest known prefix, then continues likewise.
 
     Unlike BERT's, the encoding is lossless: spaces belong to the words, and every character of the training text is
@@ -155,9 +196,6 @@ class WordPieceTokenizer(Tokenizer):
     def alphabet(self) -> str:
         """The beginnings of one character."""
         return "".join(sorted(token for token in self.beginnings if len(token) == 1))
-
-    def _encode(self, text: str) -> list[int]:
-        return self._engine.encode(text, add_special_tokens=False).ids
 
     def _is_valid(self) -> bool:
         characters = set("".join([*self.beginnings, *self.continuations]))

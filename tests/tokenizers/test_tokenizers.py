@@ -15,7 +15,7 @@ from gpt.core.errors import UserError
 from gpt.tokenizers import TOKENIZERS, tokenizer_from_json
 from gpt.tokenizers.base import Kind, Tokenizer
 from gpt.tokenizers.char import CharTokenizer
-from gpt.tokenizers.subword import BpeTokenizer, WordPieceTokenizer
+from gpt.tokenizers.subword import MAX_PRE_TOKEN, BpeTokenizer, SubwordTokenizer, WordPieceTokenizer
 from gpt.tokenizers.tiktoken import TiktokenTokenizer
 from gpt.tokenizers.word import WordTokenizer
 from tests.support.common import made_up_text
@@ -26,7 +26,7 @@ BPE = BpeTokenizer.train([TEXT], 300)
 RANKS = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(BPE.token_bytes))
 TIKTOKEN = TiktokenTokenizer.from_tiktoken(RANKS)
 TRAINED = [
-    CharTokenizer.from_chunks([TEXT]),
+    CharTokenizer(ALPHABET),
     WordTokenizer.train([TEXT], ALPHABET, 60),
     BPE,
     WordPieceTokenizer.train([TEXT], ALPHABET, 120),
@@ -66,13 +66,60 @@ def test_byte_level_kinds_round_trip_any_text(tokenizer: Tokenizer, text: str) -
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+# Characters and sequences at which the library's patterns behave differently.
+EDGES = [
+    *"aZ 5_-!'\n\t\x0b\x1c\x1f\x7f\x85\xa0²éßΩǅ漢٣Ⅷ½\u0301\u1680\u180e\u2028\u200b\u3000\ufeff🙂𝔘",
+    "'s",
+    "'ll",
+    "'S",
+]
+PARTS = EDGES + [part * count for part in ("b", "é", " ", "\n", "!", "'", "5", " c") for count in (63, 64, 65, 130)]
+OF_PARTS = TEXT + "".join(left + right for left in EDGES for right in EDGES)
+TRAINED_ON_PARTS = [
+    BpeTokenizer.train([OF_PARTS] * 2, 1500),
+    WordPieceTokenizer.train([OF_PARTS] * 2, "".join(sorted(set(OF_PARTS))), 1500),
+]
+
+
+@pytest.mark.parametrize("tokenizer", TRAINED_ON_PARTS, ids=lambda tokenizer: tokenizer.kind)
+@given(chunks=st.lists(st.lists(st.sampled_from(PARTS), max_size=30).map("".join), max_size=3))
+@example(chunks=["don't stop!'s 'll\xe9's 'sé x's", "é's naïve-naive na\u0301 ï a!é", "a" * 64 + "é", "!" * 64 + "'s"])
+@example(chunks=["a \n b\n\n c \n", "  \n", " ", "\x1c \x1c  a", "!\x1c!", "!!\x1c a", "!« it's", "a\u3000 b \u3000c"])
+def test_encode_chunks_equals_encode(tokenizer: Tokenizer, chunks: list[str]) -> None:
+    """The library encodes the distinct pieces of a chunk in one case, the whole chunk in the other."""
+    for chunk, tokens in zip(chunks, tokenizer.encode_chunks(chunks), strict=True):
+        assert tokens.dtype == np.uint32
+        assert np.array_equal(tokens, tokenizer.encode(chunk)), chunk
+
+
+def test_encode_chunks_forgets_pieces_and_lists_unknown_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt.tokenizers.subword.MAX_KNOWN", 20)
+    chunks = [TEXT, TEXT[::-1], "", TEXT]
+    for tokenizer in TRAINED:
+        assert list(map(list, tokenizer.encode_chunks(chunks))) == [list(tokenizer.encode(chunk)) for chunk in chunks]
+        if tokenizer.alphabet:
+            with pytest.raises(UserError, match="found 'X', '´', 'ß';"):
+                list(tokenizer.encode_chunks(["fox", "fox ßXX´"]))
+
+
+@pytest.mark.parametrize("text", ["ACGT" * 500, "漢字" * 1000, "é" * 2000, "1" * 2000, "!" * 2000, " " * 2000])
+def test_pre_tokens_are_short_in_text_without_words(text: str) -> None:
+    """Learning and encoding take quadratic time in the length of a pre-token, linear time in their number."""
+    alphabet = "".join(sorted(set(text)))
+    for tokenizer in (BPE, WordPieceTokenizer.train([text], alphabet, 2 * len(alphabet))):
+        assert isinstance(tokenizer, SubwordTokenizer)
+        spans = [span for _, span in tokenizer._engine.pre_tokenizer.pre_tokenize_str(text)]
+        assert sum(end - start for start, end in spans) == len(text)
+        assert max(end - start for start, end in spans) <= MAX_PRE_TOKEN
+
+
 @settings(max_examples=40)
 @given(text=st.text(min_size=1), more=st.integers(0, 40), data=st.data())
 def test_kinds_with_an_alphabet_can_be_trained_on_any_text(text: str, more: int, data: st.DataObject) -> None:
     alphabet = "".join(sorted(set(text)))
     other = data.draw(st.text(alphabet=alphabet))
     for tokenizer in (
-        CharTokenizer.from_chunks([text]),
+        CharTokenizer(alphabet),
         WordTokenizer.train([text] * 2, alphabet, len(alphabet) + more),
         WordPieceTokenizer.train([text] * 2, alphabet, 2 * len(alphabet) + more),
     ):

@@ -33,7 +33,7 @@ bench: $(VENV)/pipeline ## Compare with nanoGPT, profile training, measure growt
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=1 -m benchmarks.sharding
 	OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m benchmarks.sharding
 	python -m benchmarks.scale
-	python -m benchmarks.decoding
+	python -m benchmarks.decoder
 	python -m benchmarks.serving
 	python -m benchmarks.startup
 	python -m benchmarks.tokenizing

@@ -1,6 +1,6 @@
 """Decoding with the compiled step against the same step in torch.
 
-    python -m benchmarks.decoding
+    python -m benchmarks.decoder
 
 Both generate the same texts in turn, so that other work on the machine affects both. Times include sampling and the
 windows that are computed again. The last lines compare one step with what the core can read and compute.

@@ -22,9 +22,14 @@ from gpt.model.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "To be, o"  # the input of `gpt explain` in docs/model.md
-COLORS = {"reference": "#888888", "quick": "#2980b9", "default": "#c0392b"}
+COLORS = {"reference": "#888888", "quick": "#2980b9", "default": "#c0392b", "best": "#27ae60"}
 IDEAL = {"training: MB of text": 0, "training: processes": -1}  # exponents of growth; linear for all others
-LABELS = {"reference": "nanoGPT's recipe", "quick": "presets/quick.yaml", "default": "params.yaml"}
+LABELS = {
+    "reference": "nanoGPT's recipe",
+    "quick": "presets/quick.yaml",
+    "default": "params.yaml",
+    "best": "presets/best.yaml",
+}
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from gpt.core.params import read_params
 from gpt.training.history import Record, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE, QUICK, DEFAULT = "presets/nanogpt-cpu.yaml", "presets/quick.yaml", "params.yaml"
-BEST, AS_LONG = "presets/best.yaml", "best, as long as the reference"
+REFERENCE = "presets/nanogpt-cpu.yaml"
+RECIPES = {name: f"presets/{name}.yaml" for name in ("quick", "fast", "best")} | {"default": "params.yaml"}
 SLOWER = 1.05  # relative increase of the time per step, against the reference, that is reported
 
 
@@ -55,13 +55,7 @@ def main(
     for seed in range(1337, 1337 + seeds):
         if seed < 1337 + references:
             races.append(run("reference", REFERENCE, tokens, seed=seed))
-        races += [
-            run(name, recipe, tokens, seed=seed)
-            for name, recipe in (("quick", QUICK), ("default", DEFAULT), ("best", BEST))
-        ]
-        if seed == 1337:
-            steps = round(races[-1].steps * races[0].training_s / races[-1].training_s)
-            races.append(run(AS_LONG, BEST, tokens, seed=seed, max_steps=steps))
+        races += [run(name, recipe, tokens, seed=seed) for name, recipe in RECIPES.items()]
     names = list(dict.fromkeys(race.name for race in races))
     found = {name: summary([race for race in races if race.name == name]) for name in names}
     before = json.loads(out.read_text(encoding="utf-8"))["recipes"] if out.exists() else {}

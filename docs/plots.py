@@ -22,13 +22,10 @@ from gpt.model.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "To be, o"  # the input of `gpt explain` in docs/model.md
-COLORS = {"reference": "#888888", "quick": "#2980b9", "default": "#c0392b", "best": "#27ae60"}
+COLORS = {"reference": "#888888", "quick": "#2980b9", "default": "#c0392b", "fast": "#8e44ad", "best": "#27ae60"}
 IDEAL = {"training: MB of text": 0, "training: processes": -1}  # exponents of growth; linear for all others
-LABELS = {
-    "reference": "nanoGPT's recipe",
-    "quick": "presets/quick.yaml",
-    "default": "params.yaml",
-    "best": "presets/best.yaml",
+LABELS = {"reference": "nanoGPT's recipe", "default": "params.yaml"} | {
+    name: f"presets/{name}.yaml" for name in ("quick", "fast", "best")
 }
 
 

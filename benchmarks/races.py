@@ -2,7 +2,7 @@
 
     python -m benchmarks.races
 
-Every training runs the command `train` under torchrun with two processes of one thread. The training time is that of
+Every training but one runs the command `train` under torchrun with two processes of one thread. The training time is that of
 the optimizer steps and their data, from the history; the time of the whole process includes evaluations.
 """
 
@@ -27,6 +27,7 @@ from gpt.training.history import Record, read_records
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "presets/nanogpt-cpu.yaml"
 RECIPES = {name: f"presets/{name}.yaml" for name in ("quick", "fast", "best")} | {"default": "params.yaml"}
+ONE_PROCESS = "quick, one process"  # without torchrun, whose start takes longer than this training
 SLOWER = 1.05  # relative increase of the time per step, against the reference, that is reported
 
 
@@ -56,6 +57,7 @@ def main(
         if seed < 1337 + references:
             races.append(run("reference", REFERENCE, tokens, seed=seed))
         races += [run(name, recipe, tokens, seed=seed) for name, recipe in RECIPES.items()]
+        races.append(run(ONE_PROCESS, RECIPES["quick"], tokens, processes=1, seed=seed))
     names = list(dict.fromkeys(race.name for race in races))
     found = {name: summary([race for race in races if race.name == name]) for name in names}
     before = json.loads(out.read_text(encoding="utf-8"))["recipes"] if out.exists() else {}
@@ -63,14 +65,14 @@ def main(
     out.write_text(json.dumps({"recipes": found, "races": [asdict(race) for race in races]}, indent=1) + "\n")
 
 
-def run(name: str, recipe: str, tokens: Path, **changes: int) -> Race:
+def run(name: str, recipe: str, tokens: Path, *, processes: int = 2, **changes: int) -> Race:
     """Train once, in a temporary folder."""
     settings = [word for key, value in changes.items() for word in ("-S", f"train.{key}={value}")]
     params = read_params(ROOT / recipe, settings[1::2])
     batch = params["train"]["batch_size"] * params["model"]["block_size"]
     with tempfile.TemporaryDirectory(prefix="chargpt-race-") as folder:
-        command = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "gpt", "train"]
-        command += ["--params", str(ROOT / recipe), "--tokens", str(tokens), *settings]
+        start = ["torchrun", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
+        command = [*start, "-m", "gpt", "train", "--params", str(ROOT / recipe), "--tokens", str(tokens), *settings]
         command += outputs(Path(folder))
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         variables = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.races
 
-Every training but one runs the command `train` under torchrun with two processes of one thread. The training time is that of
-the optimizer steps and their data, from the history; the time of the whole process includes evaluations.
+Every training but one runs the command `train` under torchrun with two processes of one thread. The training time is
+that of the optimizer steps and their data, from the history; the time of the whole process includes evaluations.
 """
 
 import json
@@ -25,8 +25,8 @@ from gpt.core.params import read_params
 from gpt.training.history import Record, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE = "presets/nanogpt-cpu.yaml"
-RECIPES = {name: f"presets/{name}.yaml" for name in ("quick", "fast", "best")} | {"default": "params.yaml"}
+REFERENCE, QUICK, DEFAULT = "presets/nanogpt-cpu.yaml", "presets/quick.yaml", "params.yaml"
+RECIPES = {"quick": QUICK, "fast": "presets/fast.yaml", "default": DEFAULT, "best": "presets/best.yaml"}
 ONE_PROCESS = "quick, one process"  # without torchrun, whose start takes longer than this training
 SLOWER = 1.05  # relative increase of the time per step, against the reference, that is reported
 
@@ -57,7 +57,7 @@ def main(
         if seed < 1337 + references:
             races.append(run("reference", REFERENCE, tokens, seed=seed))
         races += [run(name, recipe, tokens, seed=seed) for name, recipe in RECIPES.items()]
-        races.append(run(ONE_PROCESS, RECIPES["quick"], tokens, processes=1, seed=seed))
+        races.append(run(ONE_PROCESS, QUICK, tokens, processes=1, seed=seed))
     names = list(dict.fromkeys(race.name for race in races))
     found = {name: summary([race for race in races if race.name == name]) for name in names}
     before = json.loads(out.read_text(encoding="utf-8"))["recipes"] if out.exists() else {}
